@@ -1,0 +1,227 @@
+"""What one sample is: a conversation of typed parts with its pictures, and the same as JSON.
+
+A picture or a video is a typed part, never a marker inside a text, so no text can pose as one. `Sample` is what every
+converter makes, every shard holds and every training step reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+Role = Literal["system", "user", "assistant", "tool"]
+FORMAT = 1
+
+
+class SampleError(ValueError):
+    """A fault of the data, naming the sample, what was found and what to write instead."""
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    image: int
+    """Index into `Sample.images`; several parts may show the same picture."""
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """Frames of a video, each a picture of the sample, with the second at which each was taken."""
+
+    frames: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BoxPart:
+    """A region of a picture in its own pixels; written out as text for the picture fit of the run."""
+
+    image: int
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+Part = TextPart | ImagePart | VideoPart | BoxPart
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    parts: tuple[Part, ...]
+    train: bool
+    """Whether the model learns to write this message. Only an assistant message can be trained."""
+
+    @property
+    def text(self) -> str:
+        """The text parts joined, pictures left out."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One encoded picture: its size as shown (after EXIF rotation), its hash and, once read, its bytes."""
+
+    width: int
+    height: int
+    sha256: str
+    ending: str
+    """File ending without a dot, lower case: `jpg`, `png`, ..."""
+    data: bytes | None = field(default=None, repr=False)
+    window: tuple[float, float] | None = None
+    """Values of a 16-bit picture shown as black and white; None: the whole range of the type."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    source: str
+    messages: tuple[Message, ...]
+    images: tuple[Picture, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def message(role: Role, *parts: Part | str, train: bool | None = None) -> Message:
+    """A message from parts, a bare string standing for a text; an assistant message trains unless told not to."""
+    typed = tuple(TextPart(part) if isinstance(part, str) else part for part in parts)
+    return Message(role, typed, train=role == "assistant" if train is None else train)
+
+
+def image_indices(part: Part) -> tuple[int, ...]:
+    """The pictures of which this part puts tokens into the sequence, in order."""
+    match part:
+        case ImagePart(image):
+            return (image,)
+        case VideoPart(frames):
+            return frames
+        case _:
+            return ()
+
+
+def check(sample: Sample, where: str) -> Sample:
+    """The sample itself, or `SampleError` at `where` if a role, an image index or a train flag cannot be right."""
+    if not sample.messages:
+        raise SampleError(f"{where}: the sample has no messages; give it at least one assistant message")
+    for number, item in enumerate(sample.messages):
+        here = f"{where}: message {number}"
+        if item.role not in get_args(Role):
+            raise SampleError(f"{here}: role {item.role!r} is unknown; write one of {', '.join(get_args(Role))}")
+        if item.train and item.role != "assistant":
+            raise SampleError(f"{here}: train is true for role {item.role!r}; only assistant messages can be trained")
+        if item.role == "system" and number > 0:
+            raise SampleError(f"{here}: a system message must come first, found at position {number}")
+        for part in item.parts:
+            used = (part.image,) if isinstance(part, BoxPart) else image_indices(part)
+            for index in used:
+                if not 0 <= index < len(sample.images):
+                    raise SampleError(
+                        f"{here}: names image {index}, but the sample holds {len(sample.images)}; "
+                        f"count from 0 and add the missing picture"
+                    )
+            if isinstance(part, VideoPart) and len(part.frames) != len(part.seconds):
+                raise SampleError(f"{here}: a video has {len(part.frames)} frames but {len(part.seconds)} seconds")
+    shown = {i for item in sample.messages for part in item.parts for i in image_indices(part)}
+    unused = sorted(set(range(len(sample.images))) - shown)
+    if unused:
+        raise SampleError(
+            f"{where}: images {unused} are shown by no message; add an image part where each belongs, or drop them"
+        )
+    return sample
+
+
+def to_json(sample: Sample) -> str:
+    """The sample without picture bytes as one line of JSON with sorted keys: the same sample, the same bytes."""
+    record = {
+        "format": FORMAT,
+        "key": sample.key,
+        "source": sample.source,
+        "messages": [
+            {"role": item.role, "content": [_part_to_json(p) for p in item.parts]}
+            | ({"train": item.train} if item.train != (item.role == "assistant") else {})
+            for item in sample.messages
+        ],
+        "images": [
+            {
+                "name": f"{number}.{picture.ending}",
+                "width": picture.width,
+                "height": picture.height,
+                "sha256": picture.sha256,
+            }
+            | ({"window": list(picture.window)} if picture.window else {})
+            for number, picture in enumerate(sample.images)
+        ],
+        "meta": dict(sample.meta),
+    }
+    return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def from_json(text: str | bytes, where: str, *, data: Sequence[bytes] | None = None) -> Sample:
+    """The sample that `to_json` wrote; `data` are the bytes of its pictures in order, when they have been read."""
+    try:
+        record = json.loads(text)
+        if record["format"] != FORMAT:
+            raise SampleError(
+                f"{where}: sample format {record['format']}, this mmit reads {FORMAT}; upgrade mmit or convert again"
+            )
+        if data is not None and len(data) != len(record["images"]):
+            raise SampleError(
+                f"{where}: the sample names {len(record['images'])} images but the shard holds {len(data)}"
+            )
+        images = tuple(
+            Picture(
+                width=image["width"],
+                height=image["height"],
+                sha256=image["sha256"],
+                ending=image["name"].rsplit(".", 1)[1],
+                data=data[number] if data is not None else None,
+                window=tuple(image["window"]) if "window" in image else None,
+            )
+            for number, image in enumerate(record["images"])
+        )
+        messages = tuple(
+            Message(
+                role=item["role"],
+                parts=tuple(_part_from_json(part) for part in item["content"]),
+                train=item.get("train", item["role"] == "assistant"),
+            )
+            for item in record["messages"]
+        )
+        sample = Sample(record["key"], record["source"], messages, images, record["meta"])
+    except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+        raise SampleError(
+            f"{where}: not a sample of mmit ({type(error).__name__}: {error}); the schema is in data_tools/README.md"
+        ) from error
+    return check(sample, where)
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    match part:
+        case TextPart(text):
+            return {"type": "text", "text": text}
+        case ImagePart(image):
+            return {"type": "image", "image": image}
+        case VideoPart(frames, seconds):
+            return {"type": "video", "frames": list(frames), "seconds": list(seconds)}
+        case BoxPart(image, left, top, right, bottom):
+            return {"type": "box", "image": image, "box": [left, top, right, bottom]}
+
+
+def _part_from_json(record: Mapping[str, Any]) -> Part:
+    match record["type"]:
+        case "text":
+            return TextPart(cast(str, record["text"]))
+        case "image":
+            return ImagePart(record["image"])
+        case "video":
+            return VideoPart(tuple(record["frames"]), tuple(record["seconds"]))
+        case "box":
+            return BoxPart(record["image"], *record["box"])
+        case kind:
+            raise KeyError(f"part type {kind!r}")
