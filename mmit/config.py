@@ -1,0 +1,449 @@
+"""The schema of a run: one YAML with an ordered list of stages, loaded strictly, every fault named at once.
+
+Paths are relative to the folder in which the command runs. `section.key=value` overrides are merged into the raw tree
+before it is validated, so a file and a command line are checked alike; `stages.sft.batch_size=8` names a stage.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class ConfigError(ValueError):
+    """A fault of the user's input: where it is, what was found and what to write instead."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RandomLanguage(Section):
+    """A causal LLM with random weights, for trials and tests."""
+
+    random: dict[str, Any]
+    """A transformers configuration: `model_type` and its sizes."""
+    tokenizer: str = "bytes"
+    """`bytes` for the built-in byte tokenizer, else a hub name or folder."""
+
+
+class Vision(Section):
+    library: Literal["open_clip", "transformers"]
+    name: str = ""
+    """Model name (open_clip), hub name or folder (transformers)."""
+    pretrained: str | None = None
+    """open_clip: the tag or file of the weights. transformers loads those of `name`."""
+    layer: int = -2
+    """Hidden state to read, counted as transformers does: 0 the embeddings, -1 the last block, before the
+    final norm."""
+    select: Literal["patch", "cls_patch", "cls"] = "patch"
+    """Which tokens of that layer reach the projector."""
+    side: PositiveInt | None = None
+    """Picture side in pixels, when it is not the tower's own; position embeddings are interpolated."""
+    random: dict[str, Any] | None = None
+    """Sizes of a tower with random weights, instead of pretrained ones."""
+    cache: bool = False
+    """Keep the features of a frozen tower on disk, so that every picture is encoded once."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Vision:
+        if self.random is None and not self.name:
+            raise ValueError("write `name` (and, for open_clip, `pretrained`), or `random` for a tower without weights")
+        if self.random is None and self.library == "open_clip" and self.pretrained is None:
+            raise ValueError("open_clip needs `pretrained` (a tag such as openai, or a file), or `random`")
+        return self
+
+
+class Projector(Section):
+    kind: str = "mlp"
+    """`linear`, `mlp`, or `package.module:Name` of your own."""
+    depth: PositiveInt = 2
+    """Linear layers of an mlp, with GELU between them."""
+    init: Literal["default", "feature_statistics"] = "default"
+    """`feature_statistics`: inputs whitened by the features of the first pictures, outputs scaled to the RMS of the
+    word embeddings; learns to see several times sooner when data is short."""
+
+
+class Model(Section):
+    language: str | RandomLanguage
+    """Any causal LLM of transformers: hub name or folder."""
+    vision: Vision | None = None
+    """The picture encoder; null for text only."""
+    projector: Projector | None = None
+    chat: str = "auto"
+    """Chat format: `auto` (learned from the tokenizer's template), a built-in, or `package.module:NAME`."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_projector(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("vision") is not None and tree.get("projector") is None:
+            return tree | {"projector": {}}
+        return tree
+
+    @model_validator(mode="after")
+    def _projector_needs_vision(self) -> Model:
+        if self.vision is None and self.projector is not None:
+            raise ValueError("projector is set but vision is null; name a vision tower or remove the projector")
+        return self
+
+
+class Source(Section):
+    """Samples of one origin: `{shards: DIR}`, or `{FORMAT: PATH, images: DIR}` converted once into a cache."""
+
+    shards: str | None = None
+    """A folder of shards with its index."""
+    format: str | None = None
+    path: str | None = None
+    images: str | None = None
+    """The folder below which the pictures of `path` lie."""
+    options: dict[str, Any] = {}
+    """Options of the format, as `mmit-data convert` takes them."""
+    name: str | None = None
+    """What metrics call this source; by default the name of its folder or file."""
+    repeat: PositiveFloat = 1.0
+    """Share of the source that one epoch takes; 0.5: one half now, the other next epoch; 2.5: twice and a new half."""
+    limit: PositiveInt | None = None
+    """Use only this many samples, chosen by the seed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_form(cls, tree: Any) -> Any:
+        """Turns `{llava: notes.json, ...}` into `{format: llava, path: notes.json, ...}`."""
+        if not isinstance(tree, dict) or "shards" in tree or "format" in tree:
+            return tree
+        other = [
+            key
+            for key in tree
+            if key not in cls.model_fields and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.6)
+        ]
+        if len(other) != 1:
+            return tree
+        rest = {key: value for key, value in tree.items() if key != other[0]}
+        return rest | {"format": other[0], "path": tree[other[0]]}
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path_is_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Source:
+        if (self.shards is None) == (self.format is None):
+            raise ValueError("write either `shards: FOLDER` or `FORMAT: PATH` (such as `llava: notes.json`)")
+        if self.format is not None and self.path is None:
+            raise ValueError(f"`{self.format}` names no path")
+        if self.shards is not None and (self.images is not None or self.options):
+            raise ValueError("`images` and `options` belong to a format such as `llava: notes.json`, not to `shards`")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or Path(self.shards or self.path or "").name or str(self.format)
+
+
+class Lora(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Module names of the language model to adapt (never the tower's)."""
+
+
+class Trained(Section):
+    lr: PositiveFloat
+    """Peak learning rate of this part."""
+
+
+class TrainedLanguage(Trained):
+    lora: Lora | None = None
+    """Train a low-rank adapter beside the frozen weights, instead of the weights."""
+
+
+class Train(Section):
+    """What a stage trains; a part that is not named stays frozen, to the bit."""
+
+    vision: Trained | None = None
+    projector: Trained | None = None
+    language: TrainedLanguage | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Train:
+        if self.vision is None and self.projector is None and self.language is None:
+            raise ValueError("nothing is trained; name at least one of vision, projector, language with its lr")
+        return self
+
+
+class Stage(Section):
+    name: Name
+    data: Annotated[list[Source], Field(min_length=1)]
+    train: Train
+    chat: str | None = None
+    """Chat format of this stage alone, such as `plain` for alignment on captions; null: the model's."""
+    pictures: Literal["crop", "pad", "squash"] = "pad"
+    """How a picture is made square: centre crop, mean-coloured borders, or stretched."""
+    batch_size: PositiveInt
+    """Samples a step, over all ranks and micro-steps."""
+    epochs: PositiveFloat | None = None
+    steps: PositiveInt | None = None
+    """Steps of the stage, instead of epochs (default: one epoch)."""
+    max_tokens: PositiveInt = 2048
+    """Longest sample."""
+    over_long: Literal["cut", "drop"] = "cut"
+    """`cut`: trailing turns go, the sample only if its first turn does not fit; `drop`: the sample goes."""
+    row_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens of one packed row, that is of one forward pass; auto: 8192 on a GPU, 2048 on a CPU."""
+    row_images: PositiveInt | None = None
+    """Most pictures of one packed row."""
+    order: Literal["full", "window"] = "full"
+    """`full`: one permutation of all samples; `window`: shards permuted, samples inside a window of shards."""
+    window: PositiveInt = 16
+    """Shards of a window."""
+    group_by: Literal["picture"] | None = None
+    """Keep the samples of one picture in one step, where the pictures are encoded once."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = 0.03
+    """Share of the stage's steps over which the learning rate rises."""
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end of a cosine or linear schedule, as a share of the peak."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW decay of matrices; norms and biases are never decayed."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip: PositiveFloat | None = 1.0
+    """Largest norm of the whole gradient."""
+    gradient_checkpointing: bool = False
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """`skip`: a sample that cannot be read leaves a hole in its step and a line in skipped.jsonl."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("both epochs and steps are set; keep one of them")
+        if self.group_by is not None and self.order == "window":
+            raise ValueError("group_by permutes groups and needs order: full")
+        return self
+
+
+class Holdout(Section):
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+    by: Annotated[str, Field(pattern=r"^(picture|sample|meta\..+)$")] = "picture"
+    """What stays on one side: all samples of a picture, or of a value of `meta.KEY`."""
+
+
+class Evaluation(Section):
+    holdout: Holdout | None = None
+    data: list[Source] = []
+    """Further sources that are only evaluated."""
+    every: PositiveInt = 200
+    """Steps between evaluations; one more is made at the end of each stage."""
+    samples: PositiveInt = 200
+    """Most held-out samples of a source that an evaluation reads."""
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Evaluation:
+        if self.holdout is None and not self.data:
+            raise ValueError("name a `holdout` share of the training data, or `data` to evaluate on")
+        return self
+
+
+class Save(Section):
+    every: PositiveInt = 500
+    """Steps between checkpoints; the end of a stage is always saved."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept within a stage."""
+
+
+class Config(Section):
+    output: str
+    """The run directory."""
+    seed: NonNegativeInt = 0
+    model: Model
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    eval: Evaluation | None = None
+    save: Save = Save()
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """Compute precision; auto: bf16 on a GPU that has it, else fp32. Trained parameters are fp32 in any case (fp64 for
+    tests of exactness)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    workers: NonNegativeInt = 2
+    """Loader processes of each rank; no number changes a result."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; null: torch's own choice."""
+    cache: str | None = None
+    """Folder for converted data, lengths and features; null: $MMIT_CACHE or ~/.cache/mmit."""
+
+    @model_validator(mode="after")
+    def _stages_fit_the_model(self) -> Config:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two stages are called {name!r}; give each its own name")
+        for stage in self.stages:
+            if self.model.vision is None and (stage.train.vision or stage.train.projector):
+                raise ValueError(
+                    f"stage {stage.name!r} trains a vision tower or projector, but model.vision is null; "
+                    f"train only the language model, or name a tower"
+                )
+            if self.model.vision is not None and self.model.vision.cache and stage.train.vision:
+                raise ValueError(
+                    f"stage {stage.name!r} trains the vision tower, whose features model.vision.cache would keep; "
+                    f"set cache: false"
+                )
+        return self
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The run that `file` and the `section.key=value` overrides describe; `ConfigError` lists every fault at once."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; `configs/README.md` lists recipes to copy") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as text ({error}); name a YAML file") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected `key: value` lines with output, model and stages, found {tree!r:.60}")
+    return parse_config(tree, str(file), overrides)
+
+
+def parse_config(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
+    """`load_config` for a tree that is already in memory."""
+    for override in overrides:
+        _merge(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where} is not a valid run:\n" + "\n".join(_explain(error, tree))) from None
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """`did you mean 'x'?`, or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _merge(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r}: write section.key=value, such as stages.sft.batch_size=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    *parents, last = path.split(".")
+    here: Any = tree
+    for number, word in enumerate(parents):
+        here = _child(here, word, override, ".".join(parents[: number + 1]))
+    if isinstance(here, list):
+        here[_position(here, last, override)] = value
+    else:
+        here[last] = value
+
+
+def _child(node: Any, word: str, override: str, path: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, word, override)]
+    child = node.get(word)
+    if child is None:
+        child = node[word] = {}
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override {override!r}: {path} is {child!r}, which has no keys; set it as a whole")
+    return child
+
+
+def _position(items: list[Any], word: str, override: str) -> int:
+    names = [str(item.get("name", "")) if isinstance(item, dict) else "" for item in items]
+    if word in names:
+        return names.index(word)
+    if word.isdigit() and int(word) < len(items):
+        return int(word)
+    raise ConfigError(f"override {override!r}: {word!r} is none of 0..{len(items) - 1} {[n for n in names if n]}")
+
+
+def _explain(error: ValidationError, tree: Any) -> Iterator[str]:
+    seen = set()
+    faults = error.errors(include_url=False)
+    deeper = {fault["loc"][:-2] for fault in faults if len(fault["loc"]) > 2}
+    for fault in faults:
+        if fault["type"] == "string_type" and fault["loc"][:-1] in deeper:
+            continue  # the other member of the union came closer: it names the inner fault
+        models, path, node = [Config], [], tree
+        for step in fault["loc"]:
+            if isinstance(step, str) and step in {model.__name__ for model in models}:
+                models = [model for model in models if model.__name__ == step]
+            elif isinstance(step, int) or (isinstance(node, dict) and step in node) or step in _keys(models):
+                path.append(str(step))
+                models = [inner for model in models for inner in _models_at(model, step)] or models
+                node = node[step] if isinstance(node, dict | list) and _has(node, step) else None
+        if fault["type"] == "extra_forbidden":
+            models = _parents(fault["loc"])
+            text = f"unknown key; {suggest(str(fault['loc'][-1]), sorted(_keys(models)))}"
+        else:
+            text = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] not in ("value_error", "missing"):
+                text += f", found {fault['input']!r:.80}"
+        line = f"  {'.'.join(path) or '(the whole file)'}: {text}"
+        if line not in seen:
+            seen.add(line)
+            yield line
+
+
+def _parents(location: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    models: list[type[BaseModel]] = [Config]
+    for step in location[:-1]:
+        named = [model for model in models if model.__name__ == step]
+        models = named or [inner for model in models for inner in _models_at(model, step)] or models
+    return models
+
+
+def _has(node: Any, step: int | str) -> bool:
+    return step in node if isinstance(node, dict) else isinstance(step, int) and step < len(node)
+
+
+def _keys(models: Sequence[type[BaseModel]]) -> set[str]:
+    return {key for model in models for key in model.model_fields}
+
+
+def _models_at(model: type[BaseModel], step: int | str) -> list[type[BaseModel]]:
+    """Models that the value of field `step` may be; an index into a list stays with the list's own models."""
+    if isinstance(step, int):
+        return [model]
+    if step not in model.model_fields:
+        return []
+    return list(_models_in(model.model_fields[step].annotation))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, list, Annotated):
+        for inner in get_args(annotation):
+            yield from _models_in(inner)
