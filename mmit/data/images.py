@@ -1,0 +1,341 @@
+"""One decoder of pictures for everyone, and how a picture is fitted into the square an encoder sees.
+
+Converter, trainer, evaluation, chat and server all come through `decode`, so a picture is the same pixels everywhere.
+Pictures are data of strangers: the formats are a short list, sizes are checked in the header before a pixel is
+decoded, and the text of every error is ours.
+
+Shapes: (H, W, 3) uint8 as decoded; (3, S, S) uint8 as fitted, S being the side of the encoder's input.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, TiffImagePlugin
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from mmit.data.sample import SampleError
+
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 20 * 2**20
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def size_of(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height of a picture as shown (after EXIF rotation), from its header; no pixel is decoded."""
+    picture = _open(data, where)
+    width, height = picture.size
+    return (height, width) if _orientation(picture, data) >= 5 else (width, height)
+
+
+def ending_of(data: bytes, where: str) -> str:
+    """The file ending that the content calls for (`jpg`, `png`, ...), whatever the file was named."""
+    picture = _open(data, where)
+    return ENDINGS[picture.format or ""]
+
+
+def decode(data: bytes, where: str, *, window: tuple[float, float] | None = None) -> np.ndarray:
+    """The picture as uint8 (H, W, 3): rotated as its EXIF says, transparency on white, first frame of an animation.
+
+    One channel of more than 8 bits is scaled by the range of its type (floats: 0 to 1), or from `window` = (values
+    shown black and white) when that is given; a window says nothing about other pictures.
+    """
+    picture = _open(data, where)
+    # Before loading: Pillow turns a TIFF itself, then.
+    orientation = _orientation(picture, data)
+    try:
+        picture.load()
+        deep = picture.mode == "I" or picture.mode == "F" or picture.mode.startswith("I;16")
+        pixels = None if deep else _to_rgb(picture)
+    except Exception as error:  # decoders raise whatever their parsing runs into; all of it means "not a good picture"
+        raise SampleError(
+            f"{where}: the {picture.format} picture cannot be decoded ({type(error).__name__}): it is cut or damaged, "
+            f"or of a rare kind (mode {picture.mode}); fetch it again or save it as an ordinary 8-bit PNG or JPEG"
+        ) from None
+    if pixels is None:
+        pixels = _to_8_bit(picture, where, window)
+    elif _bits(picture, data) > 8 and (spread := int(pixels.max()) - int(pixels.min())) < 64:
+        raise SampleError(
+            f"{where}: this 16-bit colour picture uses {spread + 1} of 256 levels, so it would be shown nearly flat; "
+            f"stretch it to the whole range and save it with 8 bits a channel"
+        )
+    return np.ascontiguousarray(TURNS[orientation](pixels))
+
+
+# What the EXIF orientation asks for: how stored rows and columns become shown ones (EXIF 2.32, tag 0x0112).
+TURNS = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels[::-1].transpose(1, 0, 2),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
+}
+
+
+@dataclass(frozen=True)
+class PictureFit:
+    """How a picture of any size becomes a square of `side` pixels.
+
+    `crop` scales the shorter edge to `side` and cuts the middle out, as CLIPImageProcessor does; `pad` first makes the
+    picture square with bars of the mean colour, as LlavaImageProcessor does with `do_pad`; `squash` ignores the aspect
+    ratio, as SiglipImageProcessor does. All of it on uint8, so the result is theirs bit for bit.
+    """
+
+    policy: Literal["crop", "pad", "squash"]
+    side: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"]
+
+    def apply(self, pixels: np.ndarray, *, where: str = "a picture") -> Tensor:
+        """uint8 (3, side, side) from uint8 (H, W, 3)."""
+        height, width = pixels.shape[:2]
+        self.check_size(width, height, where=where)
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        match self.policy:
+            case "crop":
+                new_width, new_height = self._cover(width, height)
+                image = self._resize(image, new_width, new_height)
+                left, top = (new_width - self.side) // 2, (new_height - self.side) // 2
+                image = image[:, top : top + self.side, left : left + self.side].contiguous()
+            case "pad":
+                if width != height:
+                    long = max(width, height)
+                    left, top = (long - width) // 2, (long - height) // 2
+                    square = torch.tensor([int(value * 255) for value in self.mean], dtype=torch.uint8)
+                    square = square[:, None, None].repeat(1, long, long)
+                    square[:, top : top + height, left : left + width] = image
+                    image = square
+                image = self._resize(image, self.side, self.side)
+            case "squash":
+                image = self._resize(image, self.side, self.side)
+        return image
+
+    def place(self, width: int, height: int, box: Box) -> Box:
+        """Where a box given in pixels of a `width` x `height` picture lies in the fitted one, in fractions of its side.
+
+        What the crop cuts away is clipped, so a box outside of it comes back without area.
+        """
+        match self.policy:
+            case "crop":
+                new_width, new_height = self._cover(width, height)
+                left, top = (new_width - self.side) // 2, (new_height - self.side) // 2
+                scale_x, scale_y = new_width / width / self.side, new_height / height / self.side
+                shift_x, shift_y = -left / self.side, -top / self.side
+            case "pad":
+                long = max(width, height)
+                scale_x = scale_y = 1 / long
+                shift_x, shift_y = (long - width) // 2 / long, (long - height) // 2 / long
+            case "squash":
+                scale_x, scale_y, shift_x, shift_y = 1 / width, 1 / height, 0.0, 0.0
+        left, top, right, bottom = box
+        return (
+            _clip(left * scale_x + shift_x),
+            _clip(top * scale_y + shift_y),
+            _clip(right * scale_x + shift_x),
+            _clip(bottom * scale_y + shift_y),
+        )
+
+    def check_size(self, width: int, height: int, *, where: str) -> None:
+        """Refuse a picture so long and thin that fitting it would need gigabytes on the way."""
+        match self.policy:
+            case "crop":
+                new_width, new_height = self._cover(width, height)
+                needed = new_width * new_height
+            case "pad":
+                needed = max(width, height) ** 2
+            case "squash":
+                needed = self.side**2
+        if needed > 4 * MAX_PIXELS:
+            raise SampleError(
+                f"{where}: {width} x {height} pixels is too long and thin to {self.policy} (it would take "
+                f"{needed:,} pixels on the way); cut it into pieces, or use `pictures: squash`"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fit as plain JSON values; `from_json` is the way back."""
+        record = asdict(self)
+        return record | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> PictureFit:
+        """The fit that `to_json` wrote."""
+        return cls(
+            policy=record["policy"],
+            side=record["side"],
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            interpolation=record["interpolation"],
+        )
+
+    def _cover(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height with the shorter one scaled to `side`, rounded down as transformers does."""
+        if width <= height:
+            return self.side, int(self.side * height / width)
+        return int(self.side * width / height), self.side
+
+    def _resize(self, image: Tensor, width: int, height: int) -> Tensor:
+        interpolation = InterpolationMode.BICUBIC if self.interpolation == "bicubic" else InterpolationMode.BILINEAR
+        # With the leading 1, as processors stack their batch: torchvision takes the same path, hence the same bits.
+        return tv.resize(image[None], [height, width], interpolation=interpolation, antialias=True)[0]
+
+
+def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """float32 (N, 3, H, W) from uint8, on the device of `pixels`: scaling to 0..1 and (x - mean) / std in one pass."""
+    # The factor is 1 / (1 / 255) and not 255, in the order transformers multiplies: the same bits.
+    scale = 1.0 / (1 / 255)
+    centre = (torch.tensor(mean, device=pixels.device) * scale).view(-1, 1, 1)
+    spread = (torch.tensor(std, device=pixels.device) * scale).view(-1, 1, 1)
+    return pixels.to(torch.float32).sub_(centre).div_(spread)
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    """The picture with its header read and checked, nothing decoded."""
+    if len(data) > MAX_BYTES:
+        raise SampleError(
+            f"{where}: the picture has {len(data):,} bytes, the limit is {MAX_BYTES:,}; save it smaller or stronger "
+            f"compressed"
+        )
+    with warnings.catch_warnings():
+        # Pillow warns of some damage and guesses; a guess that matters fails on decoding, and the limits are ours.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise SampleError(
+                f"{where}: the picture has far over {MAX_PIXELS:,} pixels, the limit; scale it down first"
+            ) from None
+        except Exception:  # the header parsers raise whatever they run into; see _not_a_picture for what we tell
+            raise SampleError(f"{where}: {_not_a_picture(data)}") from None
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise SampleError(
+            f"{where}: the picture has {width} x {height} pixels, the limit is {MAX_PIXELS:,} in all; "
+            f"scale it down first"
+        )
+    if width < 1 or height < 1:
+        raise SampleError(f"{where}: the picture has {width} x {height} pixels, so nothing to see; leave it out")
+    return picture
+
+
+def _not_a_picture(data: bytes) -> str:
+    start = data[:512].lstrip().lower()
+    if not data:
+        return "the picture is an empty file (0 bytes); fetch it again or leave the sample out"
+    if start.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "this is a web page, not a picture: the download failed; fetch the picture itself"
+    if start.startswith((b"<?xml", b"<svg")):
+        return "this is XML or SVG, not a picture of pixels; draw it into a PNG first"
+    return (
+        f"{len(data):,} bytes that are no readable picture in {', '.join(FORMATS)} (cut, damaged or another format); "
+        f"fetch it again or save it as PNG or JPEG"
+    )
+
+
+def _orientation(picture: Image.Image, data: bytes) -> int:
+    """EXIF orientation 1 to 8 that is still to be applied; 1 for none or an unreadable one, as every viewer does."""
+    if picture.format == "TIFF":
+        # Pillow reports the size of a TIFF as turned and turns it while loading.
+        return 1
+    if picture.format == "PNG" and "exif" not in picture.info:
+        # Pillow would decode all pixels to look for EXIF behind them.
+        exif = _png_exif(data)
+        if exif is None:
+            return 1
+        picture.info["exif"] = exif
+    try:
+        orientation = Image.Image.getexif(picture).get(0x0112, 1)
+    except Exception:  # damaged EXIF is common in good pictures
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def _png_exif(data: bytes) -> bytes | None:
+    """The eXIf chunk of a PNG, wherever it stands (PNG 3rd edition, 11.3.4.5)."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if kind == b"eXIf":
+            return b"Exif\0\0" + data[position + 8 : position + 8 + length]
+        position += 12 + length
+    return None
+
+
+def _bits(picture: Image.Image, data: bytes) -> int:
+    """Bits a channel as stored, where that can be over 8."""
+    if picture.format == "PNG":
+        return data[24]
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        return int(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0])
+    return 8
+
+
+def _to_rgb(picture: Image.Image) -> np.ndarray:
+    if not picture.has_transparency_data:
+        return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    alpha = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+    page = Image.new("RGB", picture.size, (255, 255, 255))
+    page.paste(alpha, mask=alpha.getchannel("A"))
+    return np.array(page)
+
+
+def _to_8_bit(picture: Image.Image, where: str, window: tuple[float, float] | None) -> np.ndarray:
+    """uint8 (H, W, 3) from one deep channel."""
+    values = np.asarray(picture)
+    lowest, highest, inverted = 0.0, 65535.0, False
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        tags = picture.tag_v2
+        bits = int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0])
+        signed = int(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0]) == 2
+        # Pillow turns "white is zero" around for 8 bits only.
+        inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        lowest, highest = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
+        if bits == 32 and not signed and values.dtype == np.int32:
+            values = values.view(np.uint32)
+    if picture.mode == "F":
+        lowest, highest = 0.0, 1.0
+    least, most = float(values.min()), float(values.max())
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise SampleError(f"{where}: the picture holds values that are not numbers; replace them and save it again")
+    if window is None:
+        if least < lowest or most > highest or most - least < (highest - lowest) / 4:
+            raise SampleError(
+                f"{where}: the values of this {picture.mode} picture go from {least:g} to {most:g} of a range of "
+                f"{lowest:g} to {highest:g}, so it would be shown nearly flat or cut off; name the values to show as "
+                f"black and white, for this one `window: [{least:g}, {max(most, least + 1):g}]`"
+            )
+        window = (lowest, highest)
+    low, high = window
+    if not low < high:
+        raise SampleError(f"{where}: window [{low:g}, {high:g}] is empty; write [black, white] with black < white")
+    shades = np.empty(values.shape, dtype=np.uint8)
+    for row in range(0, len(values), 256):  # strips, so that the floats of a large picture never stand all at once
+        part = (values[row : row + 256].astype(np.float64) - low) * (255 / (high - low))
+        shades[row : row + 256] = np.rint(np.clip(part, 0, 255))
+    if inverted:
+        shades = 255 - shades
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        shades[values == clear] = 255
+    return np.repeat(shades[:, :, None], 3, axis=2)
+
+
+def _clip(fraction: float) -> float:
+    return min(max(fraction, 0.0), 1.0)
