@@ -1,0 +1,253 @@
+"""Writing shards: the same samples give the same bytes, and a file is complete or not there.
+
+A tar holds of each sample `KEY.json` and then `KEY.0.jpg`, `KEY.1.png`, ...; its headers say nothing of who wrote it
+when. `ShardWriter` writes a whole set; `write_shard` and `write_index` are its two halves for several processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from mmit.data.images import ending_of, size_of
+from mmit.data.sample import Picture, Sample, SampleError, TextPart, check, to_json
+from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter, SampleRow, ShardEntry, WrittenShard, read_index, seal
+
+KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
+TAR = re.compile(r"shard-\d{6,}\.tar")
+BLOCK = tarfile.BLOCKSIZE
+
+
+def shard_name(number: int) -> str:
+    """The file name of the shard that covers the input rows from `number` times the rows of a shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> WrittenShard:
+    """Write one tar, complete under its name or not there at all."""
+    with _Tar(path) as tar:
+        for sample in samples:
+            tar.add(sample)
+        return tar.finish()
+
+
+def write_index(folder: Path, shards: Iterable[WrittenShard]) -> None:
+    """Write `samples.parquet` and, last, `index.json` for the finished tars of `folder`, given in their order."""
+    with IndexWriter(folder) as index:
+        for shard in shards:
+            index.add(shard)
+        index.finish()
+
+
+class ShardWriter:
+    """Writes a shard set sample by sample, holding one picture and the rows of one shard in memory.
+
+    A shard covers a fixed range of input rows: a row that gives no sample is reported by `skip` and leaves its place
+    empty. The set exists once `close` has run without an exception inside the `with`.
+    """
+
+    def __init__(self, folder: Path, *, samples_per_shard: int = 1000, overwrite: bool = False) -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {samples_per_shard}; write 1 or more")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        _claim(self.folder, overwrite)
+        self._index = IndexWriter(self.folder)
+        self._tar: _Tar | None = None
+        self._rows = 0
+        self._closed = False
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def write(self, sample: Sample) -> None:
+        """Add a sample; `SampleError` if its key, parts or pictures cannot be right."""
+        if self._tar is None:
+            self._tar = _Tar(self.folder / shard_name(self._rows // self.samples_per_shard))
+        self._tar.add(sample)
+        self._advance()
+
+    def skip(self) -> None:
+        """Let the place of an input row that gave no sample stay empty."""
+        if self._tar is None:
+            self._tar = _Tar(self.folder / shard_name(self._rows // self.samples_per_shard))
+        self._advance()
+
+    def close(self) -> None:
+        """Finish the last shard and write the index."""
+        if self._closed:
+            return
+        self._closed = True
+        self._finish_shard()
+        self._index.finish()
+        (self.folder / UNFINISHED).unlink()
+
+    def abandon(self) -> None:
+        """Drop the shard at hand and leave no index: the folder stays marked as unfinished."""
+        self._closed = True
+        if self._tar is not None:
+            self._tar.abandon()
+        self._index.abandon()
+
+    def _advance(self) -> None:
+        self._rows += 1
+        if self._rows % self.samples_per_shard == 0:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        if self._tar is not None:
+            self._index.add(self._tar.finish())
+            self._tar = None
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make `folder` ready for writing without ever touching files that are not ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / UNFINISHED
+    ours: list[Path] = []
+    if (folder / INDEX).exists():
+        if not overwrite:
+            raise SampleError(
+                f"{folder}: already holds a finished shard set; write to another folder, or pass overwrite on purpose"
+            )
+        ours = [folder / INDEX, *(folder / entry.name for entry in read_index(folder).entries)]
+        note.touch()
+    elif note.exists():
+        ours = [path for path in folder.glob("*.tar") if TAR.fullmatch(path.name)]
+    for path in ours:
+        path.unlink(missing_ok=True)
+    for cached in folder.glob("samples-*.arrow"):
+        cached.unlink()
+    strangers = sorted(path.name for path in folder.glob("*.tar"))
+    if strangers:
+        raise SampleError(f"{folder}: holds {strangers[0]}, which is of no shard set here; write to an empty folder")
+    note.touch()
+
+
+class _Tar:
+    """One tar growing under a temporary name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self.file: IO[bytes] = self.temporary.open("wb")
+        self.hash = hashlib.sha256()
+        self.position = 0
+        self.rows: list[SampleRow] = []
+        self.keys: set[str] = set()
+
+    def __enter__(self) -> _Tar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self.file.closed:
+            self.abandon()
+
+    def add(self, sample: Sample) -> None:
+        where = f"{self.path.name}:{sample.key}"
+        _check_key(sample.key, self.keys, where)
+        pictures = [
+            checked(picture, f"{where}: picture {number}") for number, picture in enumerate(check(sample, where).images)
+        ]
+        try:
+            text = to_json(sample).encode()
+        except (UnicodeEncodeError, TypeError) as error:
+            raise SampleError(
+                f"{where}: cannot be written as JSON ({type(error).__name__}: {error}); texts must be whole Unicode "
+                f"characters and meta plain JSON values"
+            ) from error
+        start = self.position
+        self._member(f"{sample.key}.json", text)
+        for number, data in enumerate(pictures):
+            self._member(f"{sample.key}.{number}.{sample.images[number].ending}", data)
+        self.keys.add(sample.key)
+        self.rows.append(row_of(sample, start, self.position - start, len(text)))
+
+    def finish(self) -> WrittenShard:
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self.position % tarfile.RECORDSIZE))
+        seal(self.file, self.temporary, self.path)
+        entry = ShardEntry(self.path.name, self.position, self.hash.hexdigest(), len(self.rows))
+        return WrittenShard(entry, tuple(self.rows))
+
+    def abandon(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+    def _member(self, name: str, data: bytes) -> None:
+        self._write(_header(name, len(data)))
+        self._write(data)
+        self._write(bytes(-len(data) % BLOCK))
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.hash.update(data)
+        self.position += len(data)
+
+
+def _check_key(key: str, taken: set[str], where: str) -> None:
+    if not KEY.fullmatch(key):
+        raise SampleError(
+            f"{where!r}: a key names files in a tar; write 1 to 80 letters, digits, _ and -, not starting with -"
+        )
+    if key in taken:
+        raise SampleError(f"{where}: two samples of one shard have this key; number them")
+
+
+def checked(picture: Picture, where: str) -> bytes:
+    """The bytes of a picture that is what it says it is."""
+    if picture.data is None:
+        raise SampleError(f"{where}: has no bytes; read the sample with its images before writing it")
+    found = hashlib.sha256(picture.data).hexdigest()
+    if found != picture.sha256:
+        raise SampleError(f"{where}: its bytes have sha256 {found[:16]}..., the sample says {picture.sha256[:16]}...")
+    size = size_of(picture.data, where)
+    if size != (picture.width, picture.height):
+        raise SampleError(
+            f"{where}: shown it has {size[0]} x {size[1]} pixels, the sample says {picture.width} x {picture.height}"
+        )
+    ending = ending_of(picture.data, where)
+    if ending != picture.ending:
+        raise SampleError(f"{where}: its content calls for the ending {ending!r}, the sample says {picture.ending!r}")
+    return picture.data
+
+
+def row_of(sample: Sample, offset: int, size: int, json_bytes: int) -> SampleRow:
+    return SampleRow(
+        offset=offset,
+        bytes=size,
+        json_bytes=json_bytes,
+        key=sample.key,
+        source=sample.source,
+        widths=tuple(picture.width for picture in sample.images),
+        heights=tuple(picture.height for picture in sample.images),
+        sha256=tuple(bytes.fromhex(picture.sha256) for picture in sample.images),
+        characters=sum(len(part.text) for item in sample.messages for part in item.parts if isinstance(part, TextPart)),
+        meta=json.dumps(dict(sample.meta), ensure_ascii=False, sort_keys=True, separators=(",", ":")),
+    )
+
+
+def _header(name: str, size: int) -> bytes:
+    """A tar header that says nothing of who wrote it when."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    member.mode = 0o644
+    member.mtime = 0
+    return member.tobuf(tarfile.USTAR_FORMAT)
