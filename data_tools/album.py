@@ -1,0 +1,295 @@
+"""The pictures that rows name: found only below one folder, read late, cleaned of metadata without touching a pixel.
+
+A format yields samples whose pictures are still `Unread`; the workers of a conversion `develop` them. So a format reads
+as fast as its text, and a missing file is known before the first picture is decoded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmit.config import ConfigError
+from mmit.data import images as decoder
+from mmit.data.images import MAX_BYTES, decode, ending_of, size_of
+from mmit.data.sample import Picture, Sample, SampleError
+
+
+class MissingPicture(SampleError):
+    """A picture file that a row names and that is not there."""
+
+
+@dataclass(frozen=True)
+class Unread(Picture):
+    """A picture known by its file or its bytes alone; size, hash and ending are found when it is developed."""
+
+    path: Path | None = None
+    root: Path | None = None
+    where: str = ""
+
+
+class Album:
+    """The folder below which all pictures of an input lie."""
+
+    def __init__(self, root: Path | None, *, prefix: str = ""):
+        """`prefix`: a beginning of the names in the file that the folder does not have (`coco/train2017/`)."""
+        if root is not None and not root.is_dir():
+            raise ConfigError(f"{root}: no such folder; --images names the folder below which the pictures lie")
+        self.root = root.resolve() if root is not None else None
+        self.prefix = prefix
+
+    def picture(self, name: str, where: str, *, window: tuple[float, float] | None = None) -> Unread:
+        """The picture a row calls `name`: a path below the folder, or a `data:` URL."""
+        if not isinstance(name, str) or not name:
+            raise SampleError(f"{where}: a picture is named by {name!r}; write its path below the images folder")
+        if name.startswith("data:"):
+            return unread(from_data_url(name, where), where, window=window)
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
+            raise SampleError(
+                f"{where}: the picture is a URL ({name[:120]}), and nothing is fetched here; download the pictures first "
+                f"(img2dataset does it well) and name the files"
+            )
+        if self.root is None:
+            raise SampleError(f"{where}: the row names the picture {name!r}; say with --images which folder holds it")
+        inside = name.removeprefix(self.prefix)
+        if Path(inside).is_absolute() or ".." in Path(inside).parts or "\0" in inside:
+            raise SampleError(
+                f"{where}: the picture {name!r} would be read from outside the images folder; write its path below "
+                f"that folder (--image-prefix takes away a common beginning)"
+            )
+        return Unread(0, 0, "", "", window=window, path=self.root / inside, root=self.root, where=where)
+
+
+def unread(data: bytes, where: str, *, window: tuple[float, float] | None = None) -> Unread:
+    """A picture that came as bytes."""
+    if not isinstance(data, bytes):
+        raise SampleError(f"{where}: expected the bytes of a picture, found {type(data).__name__}")
+    return Unread(0, 0, "", "", data=data, window=window, where=where)
+
+
+def from_data_url(url: str, where: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise SampleError(f"{where}: a data URL without base64 ({head[:60]!r}); write data:image/png;base64,...")
+    return from_base64(body, where)
+
+
+def from_base64(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise SampleError(f"{where}: the picture is not valid base64; encode the file again") from None
+
+
+def missing(sample: Sample) -> list[Path]:
+    """The picture files of the sample that are not there."""
+    return [p.path for p in sample.images if isinstance(p, Unread) and p.path is not None and not p.path.exists()]
+
+
+def read(picture: Unread) -> bytes:
+    """The bytes of the picture; refuses whatever a link leads to outside the folder."""
+    if picture.data is not None:
+        return picture.data
+    if picture.path is None or picture.root is None:
+        raise SampleError(f"{picture.where}: a picture with neither file nor bytes; the format that made it has a bug")
+    real = Path(os.path.realpath(picture.path))
+    if not real.is_relative_to(picture.root):
+        raise SampleError(
+            f"{picture.where}: {picture.path.relative_to(picture.root)} is a link that leads out of the images folder; "
+            f"copy the file into the folder, or give the folder it lies in as --images"
+        )
+    try:
+        # Opened without waiting, so that a pipe that poses as a picture cannot hang the conversion.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise MissingPicture(
+            f"{picture.where}: the picture {picture.path.relative_to(picture.root)} is missing below {picture.root}; "
+            f"check --images, or choose with --on-missing"
+        ) from None
+    except OSError as error:
+        raise SampleError(f"{picture.where}: cannot read {picture.path.name} ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not os.path.isfile(real):
+            raise SampleError(f"{picture.where}: {picture.path.name} is not an ordinary file; name a picture")
+        if status.st_size > MAX_BYTES:
+            raise SampleError(
+                f"{picture.where}: {picture.path.name} has {status.st_size:,} bytes, the limit is {MAX_BYTES:,}; "
+                f"save it smaller"
+            )
+        return stream.read()
+
+
+def develop(
+    picture: Picture,
+    where: str,
+    *,
+    decode_pixels: bool = True,
+    keep_metadata: bool = False,
+    window: tuple[float, float] | None = None,
+) -> Picture:
+    """The picture read, cleaned of metadata, checked with the trainer's decoder, measured and hashed."""
+    if isinstance(picture, Unread):
+        data, where = read(picture), _named(picture, where)
+    elif picture.data is not None:
+        data = picture.data
+    else:
+        raise SampleError(f"{where}: a picture without bytes; the format that made it must read them or use an Album")
+    window = picture.window or window
+    ending = ending_of(data, where)  # also checks the limits, before anything is decoded
+    decoded = False
+    if not keep_metadata:
+        cleaned = without_metadata(data, where, ending=ending)
+        if cleaned is None:
+            data, ending, window, decoded = png_of(decode(data, where, window=window), where), "png", None, True
+        else:
+            data = cleaned
+    if decode_pixels and not decoded:
+        decode(data, where, window=window)
+    width, height = size_of(data, where)
+    return Picture(width, height, hashlib.sha256(data).hexdigest(), ending, data, window)
+
+
+def _named(picture: Unread, where: str) -> str:
+    if picture.path is not None and picture.root is not None:
+        return f"{picture.where or where}: {picture.path.relative_to(picture.root)}"
+    return picture.where or where
+
+
+def without_metadata(data: bytes, where: str, *, ending: str) -> bytes | None:
+    """The same pixels without EXIF, XMP, IPTC, comments and whatever trails the picture.
+
+    Segments are left out and the rest is copied, so nothing is encoded again. None when that cannot be done: the EXIF
+    turns the picture, or its kind (TIFF) or damage has no separable segments; then the decoder's pixels are saved.
+    """
+    clean = CLEANERS.get(ending)
+    if clean is None or decoder._orientation(decoder._open(data, where), data) != 1:
+        return None
+    try:
+        return clean(data)
+    except (IndexError, struct.error, ValueError):
+        return None
+
+
+def png_of(pixels: np.ndarray, where: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    if stream.tell() > MAX_BYTES:
+        raise SampleError(
+            f"{where}: turned as its EXIF says and saved without loss, the picture has {stream.tell():,} bytes, the "
+            f"limit is {MAX_BYTES:,}; scale it down, or keep its bytes with --keep-metadata"
+        )
+    return stream.getvalue()
+
+
+def _clean_jpeg(data: bytes) -> bytes:
+    """ITU-T T.81 Annex B: markers, segments and scans up to the end of the first image."""
+    kept, position = [data[:2]], 2
+    while position < len(data):
+        if data[position] != 0xFF:
+            raise ValueError("no marker where one must be")
+        while data[position] == 0xFF:
+            position += 1
+        marker, position = data[position], position + 1
+        if marker == 0xD9:
+            return b"".join([*kept, b"\xff\xd9"])
+        (length,) = struct.unpack_from(">H", data, position)
+        segment, position = data[position : position + length], position + length
+        named = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}.get(marker)
+        if segment[2:].startswith(named) if named else not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(bytes((0xFF, marker)) + segment)
+        if marker == 0xDA:
+            following = NEXT_MARKER.search(data, position)
+            end = following.start() if following else len(data)
+            kept.append(data[position:end])
+            position = end
+    return b"".join(kept)
+
+
+NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+def _clean_png(data: bytes) -> bytes:
+    """PNG third edition, section 5: the chunks that decide pixels, and no text, time or private ones."""
+    kept, position = [data[:8]], 8
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            raise ValueError("cut inside a chunk")
+        if kind in PNG_CHUNKS:
+            kept.append(data[position:end])
+        if kind == b"IEND":
+            return b"".join(kept)
+        position = end
+
+
+PNG_CHUNKS = frozenset(
+    b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB bKGD pHYs sPLT hIST cICP mDCV cLLI acTL fcTL fdAT".split()
+)
+
+
+def _clean_webp(data: bytes) -> bytes:
+    """RFC 9649: the chunks that decide pixels; the header's flags for EXIF and XMP are cleared."""
+    kept, position = [], 12
+    (size,) = struct.unpack_from("<I", data, 4)
+    if len(data) < size + 8:
+        raise ValueError("cut")
+    while position + 8 <= size + 8:
+        kind, length = struct.unpack_from("<4sI", data, position)
+        chunk = data[position : position + 8 + length + length % 2]
+        if kind == b"VP8X":
+            chunk = chunk[:8] + bytes((chunk[8] & ~0x0C,)) + chunk[9:]
+        if kind in (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP"):
+            kept.append(chunk)
+        position += 8 + length + length % 2
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _clean_gif(data: bytes) -> bytes:
+    """GIF89a section 17 on: blocks up to the trailer, without comments and without applications except the loop."""
+
+    def after_blocks(position: int) -> int:
+        while data[position]:
+            position += data[position] + 1
+        return position + 1
+
+    def after_table(position: int, flags: int) -> int:
+        return position + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+
+    position = after_table(13, data[10])
+    kept = [data[:position]]
+    while data[position] != 0x3B:
+        if data[position] == 0x2C:
+            end = after_blocks(after_table(position + 10, data[position + 9]) + 1)
+            keep = True
+        elif data[position] == 0x21:
+            end = after_blocks(position + 2)
+            keep = data[position + 1] == 0xF9 or data[position + 3 : position + 14] == b"NETSCAPE2.0"
+        else:
+            raise ValueError("no block where one must be")
+        if keep:
+            kept.append(data[position:end])
+        position = end
+    return b"".join([*kept, b";"])
+
+
+CLEANERS: dict[str, Callable[[bytes], bytes]] = {
+    "jpg": _clean_jpeg,
+    "png": _clean_png,
+    "webp": _clean_webp,
+    "gif": _clean_gif,
+    "bmp": bytes,
+}

@@ -1,0 +1,173 @@
+"""`mmit-data`: other people's data -> shards, and ways to look at shards. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Convert data sets into shards, and look at them. `mmit-data formats` lists what can be read.",
+)
+
+USER_FAULT, DATA_FAULT = 2, 3
+
+
+@app.command()
+def convert(
+    format: Annotated[str, typer.Argument(help="Format name, `auto`, or package.module:function of your own.")],
+    input: Annotated[Path, typer.Argument(help="File or folder to read.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    images: Annotated[Path | None, typer.Option(help="Folder below which all pictures lie.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="Option of the format, KEY=VALUE; may be repeated.")] = None,
+    source: Annotated[str | None, typer.Option(help="Name of the data in samples and metrics.")] = None,
+    on_missing: Annotated[str, typer.Option(help="Missing pictures: error, drop or text-only.")] = "error",
+    on_bad: Annotated[str, typer.Option(help="Bad rows: error (after writing the others) or drop.")] = "error",
+    decode: Annotated[bool, typer.Option(help="Decode every picture once, as the trainer will.")] = True,
+    keep_metadata: Annotated[bool, typer.Option(help="Copy pictures byte for byte, EXIF and all.")] = False,
+    window: Annotated[str | None, typer.Option(help="Values of 16-bit pictures shown black,white.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the data, carried to the model card.")] = None,
+    rows_per_shard: Annotated[int, typer.Option(help="Input rows that one shard covers.")] = 1000,
+    processes: Annotated[int | None, typer.Option(help="Worker processes; default: all CPUs.")] = None,
+    part: Annotated[str | None, typer.Option(help="i/n: only this share of the shards, for `merge`.")] = None,
+) -> None:
+    """Convert a data set into shards."""
+    from data_tools.convert import Settings, conversion
+    from data_tools.convert import convert as convert_input
+
+    settings = Settings(
+        source=source,
+        on_missing=on_missing,  # type: ignore[arg-type]
+        on_bad=on_bad,  # type: ignore[arg-type]
+        decode=decode,
+        keep_metadata=keep_metadata,
+        window=_pair(window),
+        license=license,
+        rows_per_shard=rows_per_shard,
+    )
+    progress = None
+    if sys.stderr.isatty():
+
+        def progress(rows: int, rejected: int) -> None:
+            print(f"\r{rows} rows, {rejected} rejected", end="", file=sys.stderr, flush=True)
+
+    shards = convert_input(
+        format,
+        input,
+        images,
+        out,
+        options=_options(set or []),
+        settings=settings,
+        processes=processes or os.cpu_count() or 1,
+        part=_part(part),
+        progress=progress,
+    )
+    summary = conversion(out) or {}
+    print(f"{out}: {len(shards)} samples in {len(shards.shard_names)} shards from {summary.get('rows')} rows", end="")
+    print(f", {summary.get('rejected')} rejected" if summary.get("rejected") else "")
+    if summary.get("without_pictures"):
+        print(f"{summary['without_pictures']} samples lost a missing picture and kept their text")
+    print(f"Look at them: mmit-data show {out}")
+
+
+@app.command()
+def show(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    index: Annotated[int, typer.Option(help="Which sample, counted from 0.")] = 0,
+    count: Annotated[int, typer.Option(help="How many samples from there.")] = 1,
+    run: Annotated[Path | None, typer.Option(help="Config or run folder: its tokenizer and chat format.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Stage of the config whose chat format to use.")] = None,
+    language: Annotated[str | None, typer.Option(help="Tokenizer: hub name, folder, or `bytes`.")] = None,
+    chat: Annotated[str, typer.Option(help="Chat format, with --language.")] = "auto",
+    image_tokens: Annotated[int, typer.Option(help="Tokens per picture, with --language.")] = 16,
+) -> None:
+    """Show samples; with a tokenizer, every token coloured by role and by whether it is trained."""
+    from data_tools.show import show as show_samples
+
+    show_samples(
+        shards,
+        index=index,
+        count=count,
+        run=run,
+        stage=stage,
+        language=language,
+        chat=chat,
+        image_tokens=image_tokens,
+    )
+
+
+@app.command()
+def formats() -> None:
+    """List the formats that can be converted."""
+    from data_tools.formats import FORMATS
+
+    width = max(len(name) for name in FORMATS)
+    for name, format in FORMATS.items():
+        print(f"{name:<{width}}  {format.about}")
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    from mmit.config import ConfigError
+
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: write KEY=VALUE, such as --set strip=false")
+        try:
+            options[key.replace("-", "_")] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            options[key.replace("-", "_")] = value
+    return options
+
+
+def _pair(text: str | None) -> tuple[float, float] | None:
+    from mmit.config import ConfigError
+
+    if text is None:
+        return None
+    try:
+        low, high = (float(value) for value in text.strip("[]").split(","))
+    except ValueError:
+        raise ConfigError(f"--window {text}: write BLACK,WHITE, such as --window 0,4095") from None
+    return low, high
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    from mmit.config import ConfigError
+
+    if text is None:
+        return None
+    try:
+        i, n = (int(value) for value in text.split("/"))
+    except ValueError:
+        raise ConfigError(f"--part {text}: write i/n, such as --part 1/4") from None
+    return i, n
+
+
+def main() -> None:
+    """The command, its faults told in a line each: exit 2 for the user's input, 3 for the data."""
+    try:
+        app()
+    except ValueError as error:
+        from mmit.config import ConfigError
+        from mmit.data.sample import SampleError
+
+        if not isinstance(error, ConfigError | SampleError):
+            raise
+        print(f"mmit-data: {error}", file=sys.stderr)
+        sys.exit(USER_FAULT if isinstance(error, ConfigError) else DATA_FAULT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: no fault of ours
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,549 @@
+"""Rows of any format -> a shard set, by any number of processes, to the same bytes.
+
+One process reads the rows and deals them out, a fixed number to a shard; workers read, check and clean the pictures
+and write each shard under its final name with a record beside it. Whoever starts the same command again finds the
+finished shards by their records. The index is written last, so a folder without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from data_tools.album import MissingPicture, develop, missing
+from data_tools.formats import FORMATS, options_for, samples_function, samples_of
+from data_tools.rows import Placed, Rejected
+from data_tools.turns import stripped
+from mmit.config import ConfigError, Source
+from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart, check, to_json
+from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, WrittenShard
+from mmit.data.shard_writer import shard_name, write_index, write_shard
+from mmit.data.shards import ShardSet
+
+VERSION = 1
+"""Raised when the same input and options give other samples than before, so that caches are made anew."""
+
+WORK = ".unfinished"
+CONVERSION = "conversion.json"
+REJECTED = "rejected.jsonl"
+
+OnMissing = Literal["error", "drop", "text-only"]
+OnBad = Literal["error", "drop"]
+
+
+class RejectedRows(SampleError):
+    """Some rows became no sample. The shard set of the others is complete."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows become shards, apart from the format's own options."""
+
+    source: str | None = None
+    """Name of the samples' origin, in every sample and in metrics; default: the input's name."""
+    on_missing: OnMissing = "error"
+    """A picture file that is not there: `error` before anything is written, `drop` the row, or keep its text."""
+    on_bad: OnBad = "error"
+    """Rows that cannot be read or are wrong: the others are written, and it ends with an error, or (`drop`) well."""
+    decode: bool = True
+    """Decode every picture once with the trainer's decoder."""
+    keep_metadata: bool = False
+    """Copy the bytes of the pictures as they are, EXIF and all."""
+    window: tuple[float, float] | None = None
+    """Values of 16-bit pictures shown as black and white."""
+    license: str | None = None
+    """Licence of the input, carried to the model card."""
+    rows_per_shard: int = 1000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the rows of one shard."""
+
+    number: int
+    rows: int
+    shard: WrittenShard | None
+    rejected: tuple[Rejected, ...]
+    without_pictures: int
+    """Samples that lost a missing picture under `on_missing: text-only`."""
+
+
+def convert(
+    format: str,
+    input: str | Path,
+    images: str | Path | None,
+    out: str | Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
+    processes: int = 1,
+    part: tuple[int, int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardSet:
+    """Convert an input and open the result; `RejectedRows` if rows were refused and `on_bad` is not `drop`.
+
+    `part` (i, n) makes the i-th of n shares, to be joined by `merge`; `progress` hears of rows and rejected rows done.
+    """
+    settings = settings or Settings()
+    path, root, out = Path(input), Path(images) if images is not None else None, Path(out)
+    options = options_for(format, options or {})
+    samples_function(format)
+    _check(settings, processes, part)
+    plan = _plan(format, path, options, settings, part)
+    if (out / INDEX).exists():
+        return _already_there(out, plan, settings)
+    _start(out, plan)
+    _refuse_missing(format, path, root, options, settings, part)
+    source = settings.source or _plain(path.name if path.suffix == "" else path.name.split(".")[0]) or _plain(format)
+    items = samples_of(format, path, root, options)
+    total = rejected = 0
+    for outcome in _outcomes(items, path.name, source, settings, out, processes, part):
+        total, rejected = total + outcome.rows, rejected + len(outcome.rejected)
+        if progress is not None:
+            progress(total, rejected)
+    return _finish(out, plan, settings, path)
+
+
+def converted(
+    source: Source | Mapping[str, Any],
+    cache: str | Path,
+    *,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The shards of a config's source such as `{llava: notes.json, images: photos/}`, converted once into `cache`.
+
+    The folder is named by the content: the input's bytes, the options, and names, sizes and times of the pictures.
+    Whoever comes second waits for the first and finds the work done.
+    """
+    record = source if isinstance(source, Source) else Source.model_validate(source)
+    if record.format is None or record.path is None:
+        raise ConfigError("a source to convert names a format and a path, such as {llava: notes.json, images: photos/}")
+    known = Settings.__dataclass_fields__
+    settings = Settings(**{key: _setting(key, value) for key, value in record.options.items() if key in known})
+    options = options_for(record.format, {key: value for key, value in record.options.items() if key not in known})
+    path = Path(record.path)
+    key = _digest(
+        {
+            "version": VERSION,
+            "plan": _plan(record.format, path, options, settings, None),
+            "images": _folder_digest(Path(record.images)) if record.images is not None else None,
+        }
+    )
+    folder = Path(cache) / "converted" / f"{_plain(record.format.rpartition(':')[2])}-{key[:24]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        convert(
+            record.format,
+            path,
+            record.images,
+            folder,
+            options=options,
+            settings=settings,
+            processes=processes,
+            progress=progress,
+        )
+    return folder
+
+
+def _setting(key: str, value: Any) -> Any:
+    return tuple(value) if key == "window" and isinstance(value, list) else value
+
+
+def _check(settings: Settings, processes: int, part: tuple[int, int] | None) -> None:
+    if settings.rows_per_shard < 1 or processes < 1:
+        raise ConfigError("rows_per_shard and processes must be at least 1")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise ConfigError(f"part {part[0]}/{part[1]}: write i/n with i from 1 to n")
+    choices = {"on_missing": ("error", "drop", "text-only"), "on_bad": ("error", "drop")}
+    for name, allowed in choices.items():
+        if asdict(settings)[name] not in allowed:
+            raise ConfigError(f"{name}: {asdict(settings)[name]!r} is unknown; write one of {', '.join(allowed)}")
+
+
+# The plan: what makes two conversions the same ------------------------------------------------------------------------
+
+
+def _plan(
+    format: str, path: Path, options: Mapping[str, Any], settings: Settings, part: tuple[int, int] | None
+) -> dict[str, Any]:
+    made = format in FORMATS and FORMATS[format].from_nothing
+    choices = {key: value for key, value in asdict(settings).items() if key != "on_bad"}
+    return {
+        "version": VERSION,
+        "format": format,
+        "input": path.name,
+        "content": None if made else content_digest(path),
+        "options": {key: _option_digest(value) for key, value in options.items()},
+        "settings": choices | {"window": list(settings.window) if settings.window else None},
+        "part": list(part) if part else None,
+    }
+
+
+def _option_digest(value: Any) -> Any:
+    """The value as JSON; a value that names a file counts with the content of that file."""
+    if isinstance(value, str | Path) and value and Path(value).is_file():
+        return {"file": Path(value).name, "sha256": content_digest(Path(value))}
+    return json.loads(json.dumps(value, default=str))
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a file; of a folder, over the names, sizes and times of its files."""
+    if path.is_dir():
+        return _folder_digest(path)
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); check the path (relative ones start in {Path.cwd()})"
+        ) from None
+
+
+def _folder_digest(folder: Path) -> str:
+    """A picture replaced by another of the same size within the same nanosecond goes unseen; all else is seen."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; `images` names the folder below which the pictures lie")
+    digest = hashlib.sha256()
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.join(place, name)
+            status = os.stat(path, follow_symlinks=os.path.exists(path))
+            record = (os.path.relpath(path, folder), status.st_size, status.st_mtime_ns)
+            digest.update(repr(record).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _digest(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:60]
+
+
+# Before: what an earlier run left, and pictures that are not there -------------------------------------------------------
+
+
+def _start(out: Path, plan: dict[str, Any]) -> None:
+    """Claims the folder for this plan; the shards that an interrupted run of the same plan finished stay."""
+    note = out / WORK / "plan.json"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: this is a file; --out names a folder")
+    if note.exists():
+        if json.loads(note.read_text()) == plan:
+            return
+        shutil.rmtree(out / WORK)
+        for tar in out.glob("shard-*.tar"):
+            tar.unlink()
+    elif out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: the folder holds other files; --out names a new or empty folder")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    (out / UNFINISHED).touch()
+    _write(note, json.dumps(plan, indent=1))
+
+
+def _already_there(out: Path, plan: dict[str, Any], settings: Settings) -> ShardSet:
+    summary = conversion(out)
+    if summary is None or summary["plan"] != plan:
+        raise ConfigError(
+            f"{out}: already holds a finished shard set of another input or other options; name another --out, or "
+            f"remove the folder first"
+        )
+    return _judged(out, summary, settings)
+
+
+def _refuse_missing(
+    format: str,
+    path: Path,
+    root: Path | None,
+    options: Mapping[str, Any],
+    settings: Settings,
+    part: tuple[int, int] | None,
+) -> None:
+    """One look at every row before the first picture is opened, so that a wrong --images costs seconds."""
+    if root is None or settings.on_missing != "error":
+        return
+    rows, names = 0, {}
+    for number, item in enumerate(samples_of(format, path, root, options)):
+        if isinstance(item, Rejected) or not _ours(number // settings.rows_per_shard, part):
+            continue
+        absent = missing(item)
+        rows += bool(absent)
+        for name in absent:
+            names.setdefault(os.path.relpath(name, root.resolve()), _place_of(item, path.name, number))
+    if names:
+        shown = "".join(f"\n  {name}   ({where})" for name, where in islice(names.items(), 20))
+        more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
+        raise ConfigError(
+            f"{path}: {len(names)} pictures named by {rows} rows are missing below {root}:{shown}{more}\n"
+            f"Check --images and --set image_prefix=..., or say --on-missing drop (leave those rows out) or text-only"
+        )
+
+
+# Rows -> shards --------------------------------------------------------------------------------------------------------
+
+
+def _ours(shard: int, part: tuple[int, int] | None) -> bool:
+    return part is None or shard % part[1] == part[0] - 1
+
+
+def _place_of(item: Sample | Rejected, file: str, number: int) -> str:
+    return item.where if isinstance(item, Placed) else f"{file} row {number}"
+
+
+def _outcomes(
+    items: Iterable[Sample | Rejected],
+    file: str,
+    source: str,
+    settings: Settings,
+    out: Path,
+    processes: int,
+    part: tuple[int, int] | None,
+) -> Iterator[Outcome]:
+    """The outcome of each shard in order; no more rows in memory than the processes are working on."""
+    size = settings.rows_per_shard
+
+    def jobs() -> Iterator[tuple[int, list[Sample | Rejected]]]:
+        rows = iter(items)
+        for number in range(10**6):
+            batch = list(islice(rows, size))
+            if not batch:
+                return
+            if _ours(number, part):
+                yield number, batch
+
+    waiting: deque[Future[Outcome] | Outcome] = deque()
+    pool: ProcessPoolExecutor | None = None
+    queue = jobs()
+    head = list(islice(queue, 2))
+    try:
+        if processes > 1 and len(head) > 1:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["data_tools.convert"])
+            pool = ProcessPoolExecutor(processes, mp_context=context)
+        for number, batch in _chain(head, queue):
+            done = _recorded(out, number)
+            if done is not None:
+                waiting.append(done)
+            elif pool is None:
+                waiting.append(_shard(number, batch, file, source, settings, out))
+            else:
+                waiting.append(pool.submit(_shard, number, batch, file, source, settings, out))
+            while len(waiting) > (processes + 1 if pool is not None else 0):
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chain(head: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    while head:
+        yield head.pop(0)
+    yield from rest
+
+
+def _result(item: Future[Outcome] | Outcome) -> Outcome:
+    return item if isinstance(item, Outcome) else item.result()
+
+
+def _shard(
+    number: int, items: list[Sample | Rejected], file: str, source: str, settings: Settings, out: Path
+) -> Outcome:
+    """Writes one shard and, after it, the record that it is done."""
+    rejected: list[Rejected] = []
+    lost = 0
+
+    def good() -> Iterator[Sample]:
+        nonlocal lost
+        for offset, item in enumerate(items):
+            row = number * settings.rows_per_shard + offset
+            if isinstance(item, Rejected):
+                rejected.append(item)
+                continue
+            where = _place_of(item, file, row)
+            try:
+                sample, fewer = _ready(item, f"{source}-{row:09d}", source, where, settings)
+            except SampleError as error:
+                placed = item if isinstance(item, Placed) else Placed("", "", (), file=file, row=row, name=item.key)
+                rejected.append(Rejected(placed.file, placed.row, placed.name, str(error)))
+                continue
+            lost += fewer
+            yield sample
+
+    shard = write_shard(out / shard_name(number), good())
+    if not shard.rows:
+        (out / shard_name(number)).unlink()
+        shard = None
+    outcome = Outcome(number, len(items), shard, tuple(rejected), lost)
+    _write(out / WORK / f"{number:06d}.json", json.dumps(_record(outcome)))
+    return outcome
+
+
+def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) -> tuple[Sample, bool]:
+    """The sample with its pictures, as it will be stored; and whether it lost one that is missing."""
+    pictures: list[Picture | None] = []
+    for picture in item.images:
+        try:
+            pictures.append(
+                develop(
+                    picture,
+                    where,
+                    decode_pixels=settings.decode,
+                    keep_metadata=settings.keep_metadata,
+                    window=settings.window,
+                )
+            )
+        except MissingPicture:
+            if settings.on_missing != "text-only":
+                raise
+            pictures.append(None)
+    meta = dict(item.meta) | ({"key": item.key} if item.key else {})
+    sample = Sample(key, item.source or source, item.messages, item.images, meta)
+    kept = [picture for picture in pictures if picture is not None]
+    fewer = len(kept) < len(pictures)
+    if fewer:
+        sample = _without(sample, {n for n, picture in enumerate(pictures) if picture is None}, where)
+    sample = check(replace(sample, images=tuple(kept)), where)
+    try:
+        to_json(sample).encode()
+    except (TypeError, ValueError) as error:
+        raise SampleError(f"{where}: cannot be stored as JSON ({error}); use plain texts, numbers and lists") from None
+    return sample, fewer
+
+
+def _without(sample: Sample, gone: set[int], where: str) -> Sample:
+    """The sample without these pictures and the parts that show them."""
+    number = {old: new for new, old in enumerate(n for n in range(len(sample.images)) if n not in gone)}
+    messages = []
+    for item in sample.messages:
+        parts = []
+        for part in item.parts:
+            match part:
+                case ImagePart(image):
+                    parts += [ImagePart(number[image])] if image in number else []
+                case BoxPart(image) | VideoPart((image, *_)) if not {image} <= number.keys():
+                    raise SampleError(f"{where}: speaks of a place in a missing picture; leave the row out")
+                case BoxPart():
+                    parts.append(replace(part, image=number[part.image]))
+                case VideoPart():
+                    parts.append(replace(part, frames=tuple(number[frame] for frame in part.frames)))
+                case _:
+                    parts.append(part)
+        messages.append(replace(item, parts=stripped(parts)))
+    if not any(item.train and item.parts for item in messages):
+        raise SampleError(f"{where}: without its missing pictures no answer is left")
+    return replace(sample, messages=tuple(messages))
+
+
+# Records of finished shards, and the end ---------------------------------------------------------------------------------
+
+
+def _record(outcome: Outcome) -> dict[str, Any]:
+    record = asdict(outcome)
+    if outcome.shard is not None:
+        for row in record["shard"]["rows"]:
+            row["sha256"] = [value.hex() for value in row["sha256"]]
+    return record
+
+
+def _recorded(out: Path, number: int) -> Outcome | None:
+    """The outcome of a shard that an earlier run finished and that still has its size."""
+    path = out / WORK / f"{number:06d}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    shard = None
+    if record["shard"] is not None:
+        entry = ShardEntry(**record["shard"]["entry"])
+        tar = out / entry.name
+        if not tar.exists() or tar.stat().st_size != entry.bytes:
+            return None
+        shard = WrittenShard(entry, tuple(_row(row) for row in record["shard"]["rows"]))
+    rejected = tuple(Rejected(**item) for item in record["rejected"])
+    return Outcome(record["number"], record["rows"], shard, rejected, record["without_pictures"])
+
+
+def _row(record: dict[str, Any]) -> SampleRow:
+    lists = {name: tuple(record[name]) for name in ("widths", "heights")}
+    return SampleRow(**record | lists | {"sha256": tuple(bytes.fromhex(value) for value in record["sha256"])})
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _all_recorded(out: Path) -> Iterator[Outcome]:
+    for path in sorted((out / WORK).glob("[0-9]*.json")):
+        outcome = _recorded(out, int(path.stem))
+        if outcome is not None:
+            yield outcome
+
+
+def _finish(out: Path, plan: dict[str, Any], settings: Settings, path: Path) -> ShardSet:
+    """Writes the list of rejected rows, the summary and, last, the index."""
+    summary = {"plan": plan, "rows": 0, "samples": 0, "rejected": 0, "without_pictures": 0, "first": []}
+    temporary = out / f"{REJECTED}.{os.getpid()}.tmp"
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        for outcome in _all_recorded(out):
+            summary["rows"] += outcome.rows
+            summary["samples"] += outcome.shard.entry.samples if outcome.shard else 0
+            summary["rejected"] += len(outcome.rejected)
+            summary["without_pictures"] += outcome.without_pictures
+            summary["first"] += [item.reason for item in outcome.rejected][: 5 - len(summary["first"])]
+            for item in outcome.rejected:
+                stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+    os.replace(temporary, out / REJECTED)
+    if summary["samples"] == 0 and plan["part"] is None:
+        raise _nothing(path, out, summary)
+    _write(out / CONVERSION, json.dumps(summary, indent=1) + "\n")
+    write_index(out, (outcome.shard for outcome in _all_recorded(out) if outcome.shard is not None))
+    if not summary["rejected"]:
+        (out / REJECTED).unlink()
+    shutil.rmtree(out / WORK)
+    (out / UNFINISHED).unlink(missing_ok=True)
+    return _judged(out, summary, settings)
+
+
+def _nothing(path: Path, out: Path, summary: dict[str, Any]) -> SampleError:
+    if summary["rows"] == 0:
+        return SampleError(f"{path}: no rows; name an input that holds at least one")
+    listed = "".join(f"\n  {reason}" for reason in summary["first"])
+    return RejectedRows(
+        f"{path}: none of the {summary['rows']} rows became a sample (all in {out / REJECTED}). The first:{listed}"
+    )
+
+
+def conversion(folder: Path) -> dict[str, Any] | None:
+    """The summary that a conversion left in its shard set: plan, rows, samples, rejected, without_pictures, first."""
+    path = folder / CONVERSION
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _judged(out: Path, summary: dict[str, Any], settings: Settings) -> ShardSet:
+    if summary["rejected"] and settings.on_bad == "error":
+        listed = "".join(f"\n  {reason}" for reason in summary["first"])
+        raise RejectedRows(
+            f"{out}: {summary['samples']} samples written, {summary['rejected']} of {summary['rows']} rows rejected, "
+            f"all listed in {out / REJECTED}. The first:{listed}\n"
+            f"Mend the rows, or accept the loss with --on-bad drop (in a config: options: {{on_bad: drop}})"
+        )
+    return ShardSet(out)

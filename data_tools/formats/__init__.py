@@ -1,0 +1,93 @@
+"""The formats by name. Each is one small module with one function `samples(path, images, *, options...)` that yields a
+`Sample` or a `Rejected` for every row; `package.module:function` names one of your own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmit.config import ConfigError
+from mmit.data.sample import Sample
+
+
+@dataclass(frozen=True)
+class Format:
+    about: str
+    module: str
+    """A module of this package, imported when the format is used."""
+    from_nothing: bool = False
+    """INPUT is a word and not a file: the samples are made, or found elsewhere."""
+    given: Mapping[str, Any] | None = None
+    """Options that make a general module this format."""
+
+
+FORMATS: dict[str, Format] = {
+    "llava": Format("LLaVA JSON or JSONL: id, image, conversations[from, value], with <image> in the text", "llava"),
+    "alpaca": Format("instruction, input, output, and where present system, history", "alpaca"),
+    "easy-vqa": Format("the folder of the easy-VQA package: questions.json, answers.txt, images/", "easy_vqa"),
+    "synthetic": Format("made in code: `shapes` (questions) or `captions`", "synthetic", from_nothing=True),
+}
+
+Samples = Callable[..., Iterator[Any]]
+
+
+def samples_function(name: str) -> Samples:
+    """The `samples` of a format by its name, or of `package.module:function`."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            found = vars(importlib.import_module(module)).get(attribute)
+        except ImportError as error:
+            raise ConfigError(f"format {name}: cannot import {module} ({error}); is it installed here?") from None
+        if not callable(found):
+            raise ConfigError(f"format {name}: {module} has no function {attribute}")
+        return found
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"format {name!r} is unknown; {hint}There are {', '.join(FORMATS)}, or package.module:function of your own"
+        )
+    return importlib.import_module(f"data_tools.formats.{FORMATS[name].module}").samples
+
+
+def options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the format, the given ones and the defaults; unknown names are refused by name."""
+    parameters = inspect.signature(samples_function(name)).parameters
+    known = {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY or (parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+    }
+    known = {key: default for key, default in known.items() if key not in ("path", "images")}
+    given = dict(FORMATS[name].given or {}) if name in FORMATS else {}
+    for key, value in options.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(
+                f"format {name}: unknown option {key!r}; {hint}It takes {', '.join(known) or 'no options'}"
+            )
+        given[key] = value
+    merged = {key: given.get(key, default) for key, default in known.items()}
+    needed = [key for key, value in merged.items() if value is inspect.Parameter.empty]
+    if needed:
+        raise ConfigError(f"format {name}: option {needed[0]} is needed; write --set {needed[0]}=...")
+    return merged
+
+
+def samples_of(name: str, path: Path, images: Path | None, options: Mapping[str, Any]) -> Iterator[Any]:
+    """The samples of an input, after checking that it is there."""
+    function = samples_function(name)
+    made = name in FORMATS and FORMATS[name].from_nothing
+    if not made and not path.exists():
+        raise ConfigError(f"{path}: no such file or folder; check the path (relative ones start in {Path.cwd()})")
+    return function(path, images, **options_for(name, options))
+
+
+__all__ = ["FORMATS", "Format", "Sample", "options_for", "samples_function", "samples_of"]

@@ -1,0 +1,64 @@
+"""LLaVA: a JSON list or JSONL of {id, image: name | [names] | absent, conversations: [{from, value}]}.
+
+`<image>` in a value is the place of a picture and stays there. Seen in the wild and read: a list stored as a Python
+literal, a conversation that begins with gpt, rows without pictures, OpenAI role names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from data_tools.album import Album
+from data_tools.rows import Rejected, Row, each, field, fields, json_rows
+from data_tools.turns import (
+    Markers,
+    conversation_of,
+    names_of,
+    pictures_first,
+    place_pictures,
+    role_of,
+    sample_of,
+    text_of,
+)
+from mmit.data.sample import Sample, SampleError
+
+
+def samples(
+    path: Path,
+    images: Path | None = None,
+    *,
+    strip: bool = True,
+    image_prefix: str = "",
+    image_first: bool = False,
+    unmarked: Literal["error", "first"] = "error",
+    markers: Markers = "error",
+) -> Iterator[Sample | Rejected]:
+    """`image_first` moves pictures before the text of their turn, as LLaVA-1.5 trained; the default keeps their place."""
+    album = Album(images, prefix=image_prefix)
+
+    def sample(row: Row) -> Sample:
+        record = fields(row)
+        if record.get("video"):
+            raise SampleError(f"{row.where}: the row shows a video; convert such rows with the format video")
+        turns = []
+        for number, turn in enumerate(conversation_of(field(row, "conversations", "conversation"), row.where)):
+            here = f"{row.where}: turn {number}"
+            if not isinstance(turn, dict):
+                raise SampleError(f"{here}: expected an object with from and value, found {str(turn)[:60]!r}")
+            role = role_of(turn.get("from", turn.get("role")), here)
+            turns.append((role, text_of(turn.get("value", turn.get("content")), here)))
+        names = names_of(record.get("image", record.get("images")), row.where)
+        placed = place_pictures(turns, len(names), row.where, unmarked=unmarked, markers=markers)
+        if image_first:
+            placed = [pictures_first(parts) for parts in placed]
+        return sample_of(
+            [(role, parts, None) for (role, _), parts in zip(turns, placed, strict=True)],
+            images=[album.picture(name, row.where) for name in names],
+            meta={"id": record["id"]} if "id" in record else {},
+            where=row.where,
+            strip=strip,
+        )
+
+    return each(json_rows(path), sample)
