@@ -1,0 +1,44 @@
+"""Pictures made for tests."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+import numpy as np
+from PIL import Image
+
+from mmit.data.sample import Picture
+
+ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """uint8 (height, width, 3), smooth enough to be a picture and full of edges."""
+    random = np.random.default_rng([seed, width, height])
+    coarse = random.integers(0, 256, ((height + 3) // 4, (width + 3) // 4, 3), dtype=np.uint8)
+    return coarse.repeat(4, 0).repeat(4, 1)[:height, :width] // 2 + random.integers(
+        0, 128, (height, width, 3), dtype=np.uint8
+    )
+
+
+def encode(image: Image.Image | np.ndarray, kind: str = "PNG", *, orientation: int | None = None) -> bytes:
+    """The bytes of a picture file of this kind; WebP without loss."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    if kind == "WEBP":
+        image.save(buffer, kind, lossless=True, exif=exif)
+    elif kind in ("JPEG", "PNG", "TIFF"):
+        image.save(buffer, kind, exif=exif)
+    else:
+        image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def picture(width: int, height: int, *, kind: str = "PNG", seed: int = 0) -> Picture:
+    """A picture as a sample holds it."""
+    data = encode(noise(width, height, seed), kind)
+    return Picture(width, height, hashlib.sha256(data).hexdigest(), ENDINGS[kind], data)
