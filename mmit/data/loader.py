@@ -1,0 +1,254 @@
+"""From a step's number to its rows: order, rendering, dealing, pixels. The loader's whole state is that number.
+
+Each worker makes whole steps. It renders every sample of the step (or finds the ids in the cache; no picture is opened
+for that), deals them to all ranks alike, and decodes the pictures of its own rank alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmit.data.cache import RecordCache
+from mmit.data.chat import Chat, Rendered, cut
+from mmit.data.images import PictureFit, decode
+from mmit.data.order import Occurrence, Order
+from mmit.data.packing import Costs, Example, Load, Row, deal, pack
+from mmit.data.sample import BoxPart, Picture, Sample, SampleError
+from mmit.data.shards import ShardSet
+
+T = TypeVar("T")
+CACHE_HEADER = struct.Struct("<II")  # tokens, image spans
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A sample that takes no part in its step, and why: `bad` (see on_bad_sample) or `long` (max_tokens)."""
+
+    where: str
+    source: int
+    kind: Literal["bad", "long"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes in one step."""
+
+    number: int
+    rows: tuple[Row, ...]
+    samples: int
+    """Samples of the step over all ranks; also `tokens`, `pictures` and `holes`."""
+    tokens: int
+    pictures: int
+    holes: tuple[Hole, ...]
+    cut: int
+    """Samples that lost trailing turns to max_tokens."""
+    unlabelled: int
+    """Samples in which nothing is learned."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a sample becomes ids: everything that the cached ids depend on."""
+
+    chat: Chat
+    fit: PictureFit | None
+    """None for a model without vision, which refuses pictures."""
+    image_tokens: int
+    """Tokens of one picture, the same for every size under crop, pad and squash."""
+    max_tokens: int
+    over_long: Literal["cut", "drop"]
+
+    @property
+    def fingerprint(self) -> str:
+        text = f"3 {self.chat.fingerprint} {self.fit} {self.image_tokens} {self.max_tokens} {self.over_long}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def render(self, sample: Sample, where: str) -> Rendered:
+        if sample.images and self.fit is None:
+            raise SampleError(f"{where}: the sample shows {len(sample.images)} pictures, but model.vision is null")
+        tokens = [self.image_tokens] * len(sample.images)
+        return self.chat.render(sample, tokens, boxes=lambda part: self._box(part, sample.images))
+
+    def identity(self, picture: Picture) -> bytes:
+        """What names a fitted picture: equal for equal pixels, so that a row encodes it once, and a cache once ever."""
+        return hashlib.sha256(f"{picture.sha256} {picture.window} {self.fit}".encode()).digest()
+
+    def _box(self, part: BoxPart, pictures: Sequence[Picture]) -> str:
+        """Corners as shares of the fitted picture, left, top, right, bottom, with two decimals."""
+        assert self.fit is not None
+        shown = pictures[part.image]
+        corners = self.fit.place(shown.width, shown.height, (part.left, part.top, part.right, part.bottom))
+        return "[" + ", ".join(f"{corner:.2f}" for corner in corners) + "]"
+
+
+class Encoder:
+    """Samples of one source as examples, with their ids cached in one file a shard."""
+
+    def __init__(self, shards: ShardSet, rendering: Rendering, source: int, cache: Path | None) -> None:
+        self.shards, self.rendering, self.source = shards, rendering, source
+        folder = cache / "ids" / rendering.fingerprint if cache is not None else None
+        self.caches = [
+            RecordCache(folder / f"{sha256[:32]}.ids") if folder is not None else None for sha256 in shards.shard_sha256
+        ]
+
+    def example(self, index: int) -> tuple[Example, bool] | str:
+        """The example of sample `index` and whether it was cut, or why it is too long. Raises `SampleError`."""
+        shard, row = self.shards.shard_of(index)
+        cache, key = self.caches[shard], struct.pack("<I", row)
+        record = cache.get(key) if cache is not None else None
+        if record is None:
+            record = self._render(index)
+            if cache is not None:
+                cache.put(key, record)
+        return self._unpack(record, index)
+
+    def pixels(self, index: int) -> Iterator[tuple[bytes, Tensor]]:
+        """The pictures of sample `index`, each with its identity: `(3, side, side)` uint8."""
+        assert self.rendering.fit is not None
+        where = self.shards.where(index)
+        for picture in self.shards.read(index).images:
+            assert picture.data is not None
+            yield (
+                self.rendering.identity(picture),
+                self.rendering.fit.apply(decode(picture.data, where, window=picture.window)),
+            )
+
+    def _render(self, index: int) -> bytes:
+        where = self.shards.where(index)
+        sample = self.shards.read(index, images=False)
+        whole = self.rendering.render(sample, where)
+        kept = cut(whole, self.rendering.max_tokens, self.rendering.over_long)
+        if kept is None:
+            return CACHE_HEADER.pack(0, len(whole.ids))
+        spans = np.asarray(kept.images, dtype=np.int32).reshape(-1, 3)
+        learned = np.packbits(kept.labels != -100)
+        head = CACHE_HEADER.pack(len(kept.ids), len(spans)) + bytes([len(kept.ids) < len(whole.ids)])
+        names = b"".join(self.rendering.identity(picture) for picture in sample.images)
+        return head + kept.ids.astype("<i4").tobytes() + learned.tobytes() + spans.astype("<i4").tobytes() + names
+
+    def _unpack(self, record: bytes, index: int) -> tuple[Example, bool] | str:
+        tokens, spans = CACHE_HEADER.unpack_from(record)
+        if tokens == 0:
+            return f"{spans} tokens, more than max_tokens {self.rendering.max_tokens} in its first turn or whole"
+        start = CACHE_HEADER.size
+        was_cut = bool(record[start])
+        ids = np.frombuffer(record, "<i4", tokens, start + 1)
+        mask = np.frombuffer(record, np.uint8, -(-tokens // 8), start + 1 + 4 * tokens)
+        learned = np.unpackbits(mask, count=tokens).astype(bool)
+        after_mask = start + 1 + 4 * tokens + len(mask)
+        image_spans = np.frombuffer(record, "<i4", 3 * spans, after_mask).reshape(-1, 3)
+        names = record[after_mask + 12 * spans :]
+        pictures = tuple(names[place : place + 32] for place in range(0, len(names), 32))
+        labels = np.where(learned, ids, -100).astype(np.int32)
+        return Example(ids, labels, image_spans, self.source, self.shards.where(index), pictures), was_cut
+
+
+@dataclass(frozen=True, eq=False)
+class Steps(Dataset[Step]):
+    """The steps of a stage for one rank, by number."""
+
+    order: Order
+    encoders: Sequence[Encoder]
+    rank: int = 0
+    ranks: int = 1
+    row_tokens: int = 8192
+    row_images: int | None = None
+    costs: Costs = field(default_factory=Costs)
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+
+    def __getitem__(self, number: int) -> Step:
+        occurrences = self.order.step(number)
+        ready: list[tuple[Occurrence, Example]] = []
+        holes, cut_samples = [], 0
+        for occurrence in occurrences:
+            outcome = self._guard(occurrence, lambda encoder, index: encoder.example(index))
+            if isinstance(outcome, Hole):
+                holes.append(outcome)
+            elif isinstance(outcome, str):
+                where = self.encoders[occurrence.source].shards.where(occurrence.index)
+                holes.append(Hole(where, occurrence.source, "long", outcome))
+            else:
+                ready.append((occurrence, outcome[0]))
+                cut_samples += outcome[1]
+        loads = [Load(len(example.ids), tuple(_shown(example))) for _, example in ready]
+        dealt = deal(loads, self.ranks, row_tokens=self.row_tokens, row_images=self.row_images, costs=self.costs)
+        rows = []
+        for micro_step, row in enumerate(dealt[self.rank]):
+            others = (i for rank in dealt for i in rank[micro_step])
+            packed, bad = self._row([ready[i] for i in row], touch_vision=any(loads[i].pictures for i in others))
+            rows.append(packed)
+            holes.extend(bad)
+        return Step(
+            number=number,
+            rows=tuple(rows),
+            samples=len(ready),
+            tokens=sum(load.tokens for load in loads),
+            pictures=sum(len(load.pictures) for load in loads),
+            holes=tuple(holes),
+            cut=cut_samples,
+            unlabelled=sum(example.supervised == 0 for _, example in ready),
+        )
+
+    def _row(self, members: Sequence[tuple[Occurrence, Example]], *, touch_vision: bool) -> tuple[Row, list[Hole]]:
+        pixels: dict[bytes, Tensor] = {}
+        examples, holes = [], []
+        for occurrence, example in members:
+            if not set(_shown(example)) <= pixels.keys():
+                found = self._guard(occurrence, lambda encoder, index: dict(encoder.pixels(index)))
+                if isinstance(found, Hole):
+                    holes.append(found)
+                    continue
+                pixels.update(found)
+            examples.append(example)
+        keys = list(dict.fromkeys(key for example in examples for key in _shown(example)))
+        return pack(examples, [pixels[key] for key in keys], keys, touch_vision=touch_vision), holes
+
+    def try_example(self, encoder: Encoder, index: int) -> tuple[Example, bool] | str | None:
+        """As `encoder.example`, None for a bad sample that the stage skips."""
+        outcome = self._guard(Occurrence(self.encoders.index(encoder), index, 0), lambda e, i: e.example(i))
+        return None if isinstance(outcome, Hole) else outcome
+
+    def _guard(self, occurrence: Occurrence, read: Callable[[Encoder, int], T]) -> T | Hole:
+        """What `read` gives, or a hole where the sample is bad and the stage says to skip such samples."""
+        encoder = self.encoders[occurrence.source]
+        try:
+            return read(encoder, occurrence.index)
+        except SampleError as error:
+            if self.on_bad_sample == "raise":
+                raise
+            return Hole(encoder.shards.where(occurrence.index), occurrence.source, "bad", str(error))
+
+
+def _shown(example: Example) -> list[bytes]:
+    return [example.pictures[picture] for picture in dict.fromkeys(example.spans[:, 2].tolist())]
+
+
+def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120) -> Iterator[Step]:
+    """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one)."""
+    loader = DataLoader(
+        steps,
+        sampler=range(start, stop),
+        batch_size=None,
+        num_workers=workers,
+        timeout=timeout if workers else 0,
+        prefetch_factor=2 if workers else None,
+        # Without its own generator, iter(DataLoader) would draw from the global one, and a resumed run would differ.
+        generator=torch.Generator(),
+        worker_init_fn=_one_thread,
+    )
+    return iter(loader)
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)

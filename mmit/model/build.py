@@ -1,0 +1,318 @@
+"""From the `model` section of a config to parts: built, started from tensors of a run, and told what trains.
+
+Every parameter has a source: pretrained files (recorded by hash), the seed (`fresh`), or a checkpoint of the run.
+Everything is built and merged in fp32; `set_trained` then gives frozen parts their compute precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from mmit import config as schema
+from mmit.config import ConfigError
+from mmit.data.byte_tokenizer import byte_tokenizer
+from mmit.data.cache import RecordCache
+from mmit.data.chat import Chat, find_placeholder, resolve
+from mmit.model.projector import build_projector
+from mmit.model.vision import CachedTower, VisionTower, build_vision
+from mmit.model.vlm import VLM
+
+
+@dataclass
+class Assembly:
+    """The parts of a model, and what has happened to them."""
+
+    vlm: VLM
+    tokenizer: PreTrainedTokenizerFast
+    placeholder: int | None
+    """Id that stands where image features go; None for text only."""
+    sources: dict[str, Any]
+    """Where the pretrained parts come from: name, revision and sha256 of their files."""
+    fresh: set[str]
+    """Parameters that no pretrained file holds; every checkpoint does."""
+    changed: set[str] = field(default_factory=set)
+    """Parameters that earlier stages changed."""
+    adapter: PeftModel | None = None
+    lora: schema.Lora | None = None
+
+    def chat(self, name: str) -> Chat:
+        return resolve(name, self.tokenizer, placeholder=self.placeholder)
+
+    @property
+    def vision(self) -> VisionTower | None:
+        return self.vlm.vision
+
+    def parts(self) -> dict[str, nn.Module]:
+        named = {"vision": self.vlm.vision, "projector": self.vlm.projector, "language": self.vlm.language}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def kept(self) -> set[str]:
+        """Parameters that a checkpoint must hold: without a pretrained source, or changed by this run so far."""
+        trained = {name for name, parameter in self.vlm.named_parameters() if parameter.requires_grad}
+        return self.fresh | self.changed | trained
+
+
+def assemble(model: schema.Model, *, seed: int, cache: Path | None = None) -> Assembly:
+    """The parts of `model` in fp32 on the CPU, pretrained or random by `seed`."""
+    torch.manual_seed(seed)
+    language, tokenizer = _language(model)
+    sources: dict[str, Any] = {}
+    fresh: set[str] = set()
+    if isinstance(model.language, str):
+        sources["language"] = _provenance(model.language, language.config, cache)
+    else:
+        fresh |= {f"language.{name}" for name, _ in language.named_parameters()}
+    vision, projector, placeholder = None, None, None
+    if model.vision is not None:
+        assert model.projector is not None
+        placeholder = find_placeholder(tokenizer)
+        if placeholder is None:
+            placeholder = add_placeholder(tokenizer, language)
+            fresh |= {f"language.{name}" for name in _vocabulary_parameters(language)}
+        vision = build_vision(model.vision)
+        if model.vision.random is None:
+            sources["vision"] = {"name": model.vision.name, "fingerprint": vision.fingerprint()}
+        else:
+            fresh |= {f"vision.{name}" for name, _ in vision.named_parameters()}
+        if model.vision.cache and cache is not None:
+            vision.requires_grad_(False)
+            vision = CachedTower(vision, RecordCache(cache / "features" / f"{vision.fingerprint()[:32]}.features"))
+        projector = build_projector(model.projector, vision.dim, language.get_input_embeddings().weight.shape[1])
+        fresh |= {f"projector.{name}" for name, _ in projector.named_parameters()}
+    vlm = VLM(vision, projector, language)
+    vlm.requires_grad_(False)
+    return Assembly(vlm, tokenizer, placeholder, sources, fresh)
+
+
+def add_lora(assembly: Assembly, lora: schema.Lora, *, seed: int) -> None:
+    """Puts a fresh adapter beside the language model's weights; A by `seed`, B zero (arXiv 2106.09685, section 4.1)."""
+    torch.manual_seed(seed)
+    targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    before = {id(parameter) for parameter in assembly.vlm.parameters()}
+    try:
+        assembly.adapter = cast(PeftModel, get_peft_model(assembly.vlm.language, settings))
+    except ValueError as error:
+        raise ConfigError(f"language.lora.targets: {error}") from None
+    assembly.lora = lora
+    _rename_adapted(assembly)
+    assembly.fresh |= {name for name, p in assembly.vlm.named_parameters() if id(p) not in before}
+    assembly.vlm.requires_grad_(False)
+
+
+def merge_lora(assembly: Assembly) -> None:
+    """Adds the adapter into the weights beside it; these then count as changed."""
+    assert assembly.adapter is not None
+    adapted = {name for name, _ in assembly.vlm.named_parameters() if ".base_layer." in name}
+    assembly.fresh = {name for name in assembly.fresh if ".lora_" not in name}
+    assembly.vlm.language = cast(PreTrainedModel, assembly.adapter.merge_and_unload())
+    assembly.changed |= {name for name in adapted if not name.endswith("bias")}
+    for names in (assembly.fresh, assembly.changed):
+        plain = {name.replace(".base_layer.", ".") for name in names}
+        names.clear()
+        names |= plain
+    assembly.adapter = assembly.lora = None
+    assembly.vlm.requires_grad_(False)
+
+
+def restore(assembly: Assembly, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies a checkpoint's tensors in. ConfigError unless each has its place and each fresh parameter its tensor."""
+    parameters = dict(assembly.vlm.named_parameters())
+    unknown = sorted(tensors.keys() - parameters.keys())
+    missing = sorted(assembly.fresh - tensors.keys())
+    shapes = [n for n in sorted(tensors.keys() & parameters.keys()) if tensors[n].shape != parameters[n].shape]
+    if unknown or missing or shapes:
+        raise ConfigError(
+            f"{where} does not fit the model of the config: {_some(unknown, 'tensors without a place')}"
+            f"{_some(missing, 'parameters without a source')}{_some(shapes, 'shapes that differ')}"
+            f"use the model section that the run was started with (config.yaml beside its checkpoints)"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    assembly.changed |= set(tensors) - assembly.fresh
+
+
+def set_trained(
+    assembly: Assembly, train: schema.Train, *, trained_dtype: torch.dtype, frozen_dtype: torch.dtype
+) -> None:
+    """Freezes everything but what `train` names, and casts: trained parameters keep full precision.
+
+    AdamW on bf16 parameters would round away most updates at a learning rate of 2e-5, silently.
+    """
+    vlm = assembly.vlm
+    vlm.requires_grad_(False)
+    if train.vision is not None and vlm.vision is not None:
+        vlm.vision.requires_grad_(True)
+        for name in vlm.vision.unused_parameters():
+            vlm.vision.get_parameter(name).requires_grad_(False)
+    if train.projector is not None and vlm.projector is not None:
+        vlm.projector.requires_grad_(True)
+    if train.language is not None:
+        for name, parameter in vlm.language.named_parameters():
+            parameter.requires_grad_(train.language.lora is None or ".lora_" in name)
+    kept = assembly.kept()  # what checkpoints hold stays whole even where it is frozen now: a later stage may train it
+    for name, parameter in vlm.named_parameters():
+        parameter.data = parameter.data.to(trained_dtype if name in kept else frozen_dtype)
+    for buffer in vlm.buffers():
+        if buffer.is_floating_point() and trained_dtype == torch.float64:
+            buffer.data = buffer.data.to(trained_dtype)
+
+
+def set_modes(assembly: Assembly, train: schema.Train, *, gradient_checkpointing: bool) -> None:
+    """Training mode (dropout, checkpointing) for the parts that train, evaluation mode for the others."""
+    vlm = assembly.vlm
+    vlm.eval()
+    if gradient_checkpointing:
+        vlm.language.gradient_checkpointing_enable({"use_reentrant": False})
+        if vlm.vision is not None and train.vision is not None:
+            vlm.vision.gradient_checkpointing(True)
+    for name, part in assembly.parts().items():
+        # A frozen LLM still carries gradients to the projector; its checkpointing works in training mode only.
+        part.train(train.model_dump()[name] is not None or (gradient_checkpointing and name == "language"))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def add_placeholder(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel) -> int:
+    """A new special token and its row, the mean of all rows; never a label. Returns its id."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    placeholder = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
+    rows = language.get_input_embeddings().weight.shape[0]
+    if placeholder >= rows:
+        language.resize_token_embeddings(placeholder + 1, mean_resizing=False)
+    with torch.no_grad():
+        for name in _vocabulary_parameters(language):
+            weight = language.get_parameter(name)
+            weight[placeholder] = weight[:rows].float().mean(0).to(weight.dtype)
+    return placeholder
+
+
+def embedding_rms(language: PreTrainedModel) -> float:
+    weight = cast(Tensor, language.get_input_embeddings().weight)
+    return float(weight.detach().float().square().mean().sqrt())
+
+
+def lora_targets(assembly: Assembly) -> int:
+    return sum(name.endswith("lora_A.default.weight") for name, _ in assembly.vlm.named_parameters())
+
+
+def _language(model: schema.Model) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    attention = attention_implementation(model.attention)
+    if isinstance(model.language, str):
+        language = from_hub(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                model.language, dtype=torch.float32, attn_implementation=attention
+            ),
+            "model.language",
+            model.language,
+        )
+        return language, load_tokenizer(model.language)
+    settings = dict(model.language.random)
+    tokenizer = byte_tokenizer() if model.language.tokenizer == "bytes" else load_tokenizer(model.language.tokenizer)
+    try:
+        settings.setdefault("vocab_size", len(tokenizer))
+        language_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        language = AutoModelForCausalLM.from_config(language_config, attn_implementation=attention)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"model.language.random: {error}; give a transformers model_type and its sizes") from None
+    return language.to(torch.float32), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(name), "tokenizer", name)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{name}: its tokenizer has no fast version (tokenizer.json), which mmit needs")
+    return tokenizer
+
+
+def from_hub(load: Any, key: str, name: str) -> Any:
+    """What `load()` gives; ConfigError if the files of `name` cannot be had or would run code of their own."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{key}: cannot load {name!r} ({reason}); name a folder with its files, or a hub model that this machine "
+            f"has cached or can reach"
+        ) from None
+
+
+def attention_implementation(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def _provenance(name: str, language_config: Any, cache: Path | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": name}
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        record["sha256"] = {file.name: file_sha256(file, cache) for file in files}
+    else:
+        record["revision"] = language_config._commit_hash
+    return record
+
+
+def file_sha256(file: Path, cache: Path | None = None) -> str:
+    """The file's hash; remembered by size and time of change, since 14 GB of weights take half a minute to read."""
+    status = file.stat()
+    key = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()
+    memory = RecordCache(cache / "sha256.records") if cache is not None else None
+    known = memory.get(key) if memory is not None else None
+    if known is not None:
+        return known.decode()
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if memory is not None:
+        memory.put(key, digest.encode())
+    return digest
+
+
+def _vocabulary_parameters(language: PreTrainedModel) -> list[str]:
+    tables = {id(language.get_input_embeddings().weight)}
+    head = language.get_output_embeddings()
+    if head is not None:
+        tables.add(id(head.weight))
+    return [name for name, parameter in language.named_parameters() if id(parameter) in tables]
+
+
+def _rename_adapted(assembly: Assembly) -> None:
+    """peft moves `x.weight` to `x.base_layer.weight`: names that are tracked follow."""
+    present = {name for name, _ in assembly.vlm.named_parameters()}
+    for names in (assembly.fresh, assembly.changed):
+        moved = {name if name in present else _base_layer(name) for name in names}
+        names.clear()
+        names |= moved
+
+
+def _base_layer(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}"
+
+
+def _some(names: Iterable[str], what: str) -> str:
+    names = list(names)
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); " if names else ""

@@ -1,0 +1,91 @@
+"""What is tried on the real model before step 0, because a version or a setting could break it without a word."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmit.config import ConfigError
+from mmit.data.packing import Example, Row, pack
+from mmit.model.vlm import VLM
+
+LENGTHS = (13, 9, 17)
+
+
+@torch.no_grad()
+def probe_isolation(vlm: VLM, device: torch.device) -> None:
+    """ConfigError unless a conversation's hidden states keep their bits when its neighbours in the row change."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [_random_ids(vlm, length, generator) for length in LENGTHS]
+    others = [_random_ids(vlm, length, generator) for length in LENGTHS]
+    begin, end = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
+    was_training = _pause(vlm)
+    kept = _states(vlm, [ids[0], ids[1], ids[2]], device)[begin:end]
+    beside_others = _states(vlm, [others[0], ids[1], others[2]], device)[begin:end]
+    _resume(was_training)
+    if not torch.equal(kept, beside_others):
+        difference = float((kept.float() - beside_others.float()).abs().max())
+        kind = type(vlm.language).__name__
+        raise ConfigError(
+            f"model.language: packed conversations see each other in {kind} (hidden states differ by {difference:.1e} "
+            f"when the neighbour changes); try model.attention: eager or sdpa, or another model: this architecture "
+            f"carries state past the restarts of position_ids"
+        )
+
+
+@torch.no_grad()
+def probe_head(vlm: VLM, device: torch.device) -> bool:
+    """Whether our head in pieces gives the model's own losses: false for models that cap or scale their logits."""
+    generator = torch.Generator().manual_seed(0)
+    row = _row([_random_ids(vlm, length, generator) for length in LENGTHS], learned=True).to(device)
+    was_training = _pause(vlm)
+    chunk, vlm.chunk = vlm.chunk, None
+    own = vlm(row)
+    embeds = vlm.embed(row)
+    head = vlm.language.get_output_embeddings()
+    equal = False
+    if head is not None:
+        logits = head(vlm.hidden(row, embeds)[0, row.predicts])
+        ours = functional.cross_entropy(logits.to(own.dtype), row.targets, reduction="none")
+        equal = bool(torch.allclose(own, ours, rtol=1e-5, atol=1e-5))
+    vlm.chunk = chunk
+    _resume(was_training)
+    return equal
+
+
+def chunk_for(vlm: VLM) -> int:
+    """Tokens whose fp32 logits take about 256 MiB."""
+    return max(64, 2**26 // vlm.language.get_input_embeddings().weight.shape[0])
+
+
+def _random_ids(vlm: VLM, length: int, generator: torch.Generator) -> Tensor:
+    rows = vlm.language.get_input_embeddings().weight.shape[0]
+    return torch.randint(rows, (length,), generator=generator, dtype=torch.int32)
+
+
+def _row(ids: list[Tensor], *, learned: bool) -> Row:
+    empty = np.empty((0, 3), dtype=np.int32)
+    examples = [
+        Example(part.numpy(), part.numpy() if learned else np.full(len(part), -100, np.int32), empty, 0, "probe")
+        for part in ids
+    ]
+    return pack(examples, [], [], touch_vision=False)
+
+
+def _states(vlm: VLM, ids: list[Tensor], device: torch.device) -> Tensor:
+    row = _row(ids, learned=False).to(device)
+    return vlm.hidden(row, vlm.embed(row))[0]
+
+
+def _pause(vlm: VLM) -> list[torch.nn.Module]:
+    """Evaluation mode, so that dropout does not differ between two passes; returns what was training."""
+    training = [module for module in vlm.modules() if module.training]
+    vlm.eval()
+    return training
+
+
+def _resume(training: list[torch.nn.Module]) -> None:
+    for module in training:
+        module.training = True

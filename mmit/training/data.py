@@ -1,0 +1,212 @@
+"""The sources of a stage opened: which samples train, which are held out, in which order, rendered how."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch import nn
+
+from mmit.config import Config, ConfigError, Holdout, Source, Stage
+from mmit.data.loader import Encoder, Rendering, Steps
+from mmit.data.order import Order, Origin, held_out, permutation
+from mmit.data.packing import Costs
+from mmit.data.shards import ShardSet, components
+from mmit.model.build import Assembly
+
+SURVEYED = 1000
+"""Samples rendered before step 0 to say how many are too long; all of them in a set no larger."""
+
+
+@dataclass(frozen=True)
+class StageData:
+    titles: list[str]
+    """What metrics call each source; held-out-only sources come last."""
+    fingerprints: dict[str, str]
+    training: Steps
+    total: int
+    """Steps of the stage."""
+    held_out: Steps | None
+
+
+def open_stage(
+    config: Config, stage: Stage, assembly: Assembly, *, cache: Path, on_cuda: bool, rank: int, ranks: int
+) -> StageData:
+    """Opens every source (ConfigError or SampleError names a faulty one) and lays out the steps of this rank."""
+    shards = [_open(source) for source in stage.data]
+    rendering = rendering_of(config, stage, assembly)
+    out = _hold_out(shards, config.eval.holdout, config.seed) if config.eval and config.eval.holdout else None
+    origins = []
+    for number, (source, samples) in enumerate(zip(stage.data, shards, strict=True)):
+        taken = np.flatnonzero(~out[number]) if out is not None else np.arange(len(samples))
+        if source.limit is not None and source.limit < len(taken):
+            chosen = permutation(len(taken), config.seed, samples.fingerprint, "limit")[: source.limit]
+            taken = taken[np.sort(chosen)]
+        if not len(taken):
+            raise ConfigError(f"stage {stage.name}: source {source.title} has no sample left to train on")
+        origins.append(_origin(source, samples, taken, stage))
+    order = Order(tuple(origins), config.seed, stage.batch_size, stage.window if stage.order == "window" else None)
+    total = stage.steps if stage.steps is not None else order.total_steps(stage.epochs or 1)
+    encoders = [Encoder(samples, rendering, number, cache) for number, samples in enumerate(shards)]
+    layout: dict[str, Any] = {
+        "rank": rank,
+        "ranks": ranks,
+        "row_tokens": row_tokens(stage, on_cuda),
+        "row_images": stage.row_images,
+        "costs": _costs(assembly),
+        "on_bad_sample": stage.on_bad_sample,
+    }
+    titles = _titles(stage.data)
+    evaluated, evaluated_titles = _held_out_steps(config, stage, shards, out, encoders, titles, cache, layout)
+    return StageData(
+        titles=evaluated_titles,
+        fingerprints={title: samples.fingerprint for title, samples in zip(titles, shards, strict=True)},
+        training=Steps(order, encoders, **layout),
+        total=total,
+        held_out=evaluated,
+    )
+
+
+def rendering_of(config: Config, stage: Stage, assembly: Assembly) -> Rendering:
+    vision, projector = assembly.vlm.vision, assembly.vlm.projector
+    tokens = 0
+    if vision is not None and projector is not None:
+        tokens = cast(Any, type(projector)).tokens_for(vision.tokens)
+    return Rendering(
+        chat=assembly.chat(stage.chat or config.model.chat),
+        fit=vision.fit_for(stage.pictures) if vision is not None else None,
+        image_tokens=tokens,
+        max_tokens=stage.max_tokens,
+        over_long=stage.over_long,
+    )
+
+
+def row_tokens(stage: Stage, on_cuda: bool) -> int:
+    if stage.row_tokens == "auto":
+        return max(8192 if on_cuda else 2048, stage.max_tokens)
+    if stage.row_tokens < stage.max_tokens:
+        raise ConfigError(
+            f"stages.{stage.name}.row_tokens: {stage.row_tokens} cannot hold a sample of max_tokens {stage.max_tokens}; "
+            f"raise row_tokens or lower max_tokens"
+        )
+    return stage.row_tokens
+
+
+def too_long(steps: Steps, titles: Sequence[str]) -> list[str]:
+    """Before step 0: what max_tokens will cut or drop, by source; exact for small sources, else from a sample."""
+    lines = []
+    for title, encoder, origin in zip(titles, steps.encoders, steps.order.origins, strict=False):
+        size = len(origin.indices)
+        looked_at = origin.indices[permutation(size, "survey")[:SURVEYED]]
+        cut = dropped = 0
+        for index in looked_at:
+            outcome = steps.try_example(encoder, int(index))
+            dropped += isinstance(outcome, str)
+            cut += isinstance(outcome, tuple) and outcome[1]
+        if cut or dropped:
+            among = "all" if size <= SURVEYED else f"{len(looked_at)} sampled of"
+            lines.append(f"{title}: max_tokens cuts {cut} and drops {dropped} of {among} {size} samples")
+    return lines
+
+
+def _held_out_steps(
+    config: Config,
+    stage: Stage,
+    shards: Sequence[ShardSet],
+    out: list[np.ndarray] | None,
+    encoders: Sequence[Encoder],
+    titles: list[str],
+    cache: Path,
+    layout: dict[str, Any],
+) -> tuple[Steps | None, list[str]]:
+    """Steps over what is held out and what is only evaluated, at most `eval.samples` a source, always the same ones."""
+    if config.eval is None:
+        return None, titles
+    pairs: list[tuple[Encoder, np.ndarray]] = []
+    if out is not None:
+        pairs += [(encoder, np.flatnonzero(mask)) for encoder, mask in zip(encoders, out, strict=True)]
+    titles = list(titles)
+    for source in config.eval.data:
+        samples = _open(source)
+        encoder = Encoder(samples, encoders[0].rendering, len(titles), cache)
+        pairs.append((encoder, np.arange(len(samples))))
+        titles.append(source.title)
+    origins, evaluated = [], []
+    for encoder, indices in pairs:
+        if len(indices):
+            chosen = permutation(len(indices), config.seed, "evaluate")[: config.eval.samples]
+            origins.append(Origin(encoder.shards.fingerprint, indices[np.sort(chosen)]))
+            evaluated.append(encoder)
+    if not origins:
+        raise ConfigError(
+            f"eval.holdout: no sample of stage {stage.name} falls into a share of {config.eval.holdout}; raise fraction"
+        )
+    order = Order(tuple(origins), config.seed, max(stage.batch_size, 8))
+    return Steps(order, evaluated, **layout), titles
+
+
+def _open(source: Source) -> ShardSet:
+    if source.shards is None:
+        raise ConfigError(f"source {source.title}: {source.format} has not been converted to shards")
+    return ShardSet(Path(source.shards))
+
+
+def _origin(source: Source, samples: ShardSet, taken: np.ndarray, stage: Stage) -> Origin:
+    shard_of = np.repeat(np.arange(len(samples.shard_sizes)), samples.shard_sizes)
+    return Origin(
+        fingerprint=samples.fingerprint,
+        indices=taken,
+        repeat=source.repeat,
+        shards=shard_of[taken] if stage.order == "window" else None,
+        groups=samples.picture_groups()[taken] if stage.group_by == "picture" else None,
+    )
+
+
+def _hold_out(shards: Sequence[ShardSet], holdout: Holdout, seed: int) -> list[np.ndarray]:
+    """Which samples of each source are held out. Groups span sources: a picture used by two is on one side in both."""
+    starts = np.cumsum([0, *(len(samples) for samples in shards)])
+    names = [f"{samples.fingerprint}:{key}" for samples in shards for key in samples.keys()]  # noqa: SIM118
+    if holdout.by == "picture":
+        found = [samples.pictures() for samples in shards]
+        owners = np.concatenate([own + start for (own, _), start in zip(found, starts, strict=False)])
+        hashes = np.concatenate([hashes for _, hashes in found])
+        unique, pictures = np.unique(hashes, return_inverse=True)
+        groups = components(int(starts[-1]), owners, pictures)
+        for owner, picture in zip(owners[::-1], pictures[::-1], strict=True):
+            names[owner] = bytes(unique[picture]).hex()
+    elif holdout.by.startswith("meta."):
+        key = holdout.by.removeprefix("meta.")
+        values = [str(samples.meta(i).get(key)) for samples in shards for i in range(len(samples))]
+        for samples in shards:
+            samples.meta_groups(key)  # names a sample without the key
+        names = values
+        groups = np.unique(values, return_inverse=True)[1]
+        groups = np.array([np.argmax(groups == group) for group in range(groups.max() + 1)])[groups]
+    else:
+        groups = np.arange(int(starts[-1]))
+    out = held_out(names, holdout.fraction, seed)[groups]
+    return [out[start:stop] for start, stop in itertools.pairwise(starts)]
+
+
+def _titles(sources: Sequence[Source]) -> list[str]:
+    """The title of each source, numbered where two are the same."""
+    titles = [source.title for source in sources]
+    return [title if titles.count(title) == 1 else f"{title}-{number}" for number, title in enumerate(titles)]
+
+
+def _costs(assembly: Assembly) -> Costs:
+    """Per token of the LLM: attention from 12 H^2 weights a layer, and a picture from the tower's weights."""
+    vlm = assembly.vlm
+    width = vlm.language.get_input_embeddings().weight.shape[1]
+    picture = 0.0
+    if vlm.vision is not None:
+        picture = vlm.vision.tokens * _size(vlm.vision) / _size(vlm.language) / 3  # forward only: a third of training
+    return Costs(attention=1 / (12 * width), picture=picture)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

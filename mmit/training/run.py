@@ -1,0 +1,140 @@
+"""A run directory: what it was asked to do, what it has finished, and where it goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from mmit.config import ConfigError
+from mmit.training import checkpoint
+from mmit.training.checkpoint import Checkpoint
+
+FREE_TO_CHANGE = {"output", "workers", "threads", "cache", "device", "save", "eval", "stages"}
+FREE_IN_STAGE = {"row_tokens", "row_images", "gradient_checkpointing"}
+PACKAGES = ("mmit", "torch", "transformers", "open_clip_torch", "peft", "accelerate", "tokenizers", "pillow")
+
+
+class Interrupted(Exception):
+    """The run stopped because it was asked to, and has saved where it stands."""
+
+
+class StopFlag:
+    """Set by Ctrl-C, SIGTERM or SIGUSR1; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.set:
+            os._exit(128 + number)
+        self.set = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside the block (in the main thread; elsewhere Python delivers none)."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        try:
+            before = {number: signal.signal(number, self._handle) for number in numbers}
+        except ValueError:
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class RunDirectory:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.final = folder / "final"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the directory; ConfigError names the process that already does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(descriptor, 200).decode() or "another process"
+                raise ConfigError(
+                    f"output: {self.folder} is in use by {holder}; wait for it, stop it, or name another folder"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def begin(self, asked: str) -> None:
+        """Stores the config (YAML) and the environment; ConfigError if a begun stage was asked for differently."""
+        file = self.folder / "config.yaml"
+        if file.exists():
+            self._refuse_changes(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(asked))
+        _write(file, asked)
+        environment = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+        packages = {name: version(name) for name in PACKAGES}
+        _write(self.folder / "environment.json", json.dumps(environment | {"packages": packages}, indent=1))
+        for name in ("metrics.jsonl", "skipped.jsonl"):
+            _drop_torn_line(self.folder / name)
+
+    def newest(self, stage: str) -> Checkpoint | None:
+        return checkpoint.newest(self.checkpoints, stage)
+
+    def _refuse_changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        old_stages = {stage["name"]: stage for stage in before.get("stages", [])}
+        names = [stage["name"] for stage in now["stages"]]
+        begun = [name for name in old_stages if checkpoint.has_begun(self.checkpoints, name)]
+        if not begun:
+            return
+        found = list(_differences(before, now, FREE_TO_CHANGE, ""))
+        for place, name in enumerate(begun):
+            if place >= len(names) or names[place] != name:
+                found.append(f"stages: {name!r} has begun and was stage {place + 1}, now {names}")
+            else:
+                found += _differences(old_stages[name], now["stages"][place], FREE_IN_STAGE, f"stages.{name}.")
+        if found:
+            raise ConfigError(
+                f"{self.folder} holds a run that has begun with other settings:\n  "
+                + "\n  ".join(found)
+                + "\nset them back to go on with it, or name another output"
+            )
+
+
+def _differences(before: Any, now: Any, free: set[str], path: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted((before.keys() | now.keys()) - free):
+            if before.get(key) != now.get(key):
+                yield from _differences(before.get(key), now.get(key), set(), f"{path}{key}.")
+    elif before != now:
+        yield f"{path.rstrip('.')}: was {before!r}, now {now!r}"
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(file)
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Removes a last line that a kill left unfinished."""
+    if not file.exists():
+        return
+    with file.open("rb+") as opened:
+        whole = opened.read()
+        opened.truncate(whole.rfind(b"\n") + 1)

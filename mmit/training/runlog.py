@@ -1,0 +1,84 @@
+"""What a run tells: metrics.jsonl always, skipped.jsonl for holes, and the terminal (a bar) or a log (plain lines)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mmit.data.loader import Hole
+
+
+class RunLog:
+    """The log of one stage; only rank 0 writes."""
+
+    def __init__(self, run: Path, stage: str, *, total: int, start: int, active: bool) -> None:
+        self.run, self.stage, self.total, self.active = run, stage, total, active
+        self.console = Console(quiet=not active, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._start = start
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        if self.active and self.console.is_terminal:
+            columns = (
+                TextColumn(f"[bold]{self.stage}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task(self.stage, total=self.total, completed=self._start, facts="")
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, record: Mapping[str, Any], holes: Sequence[Hole]) -> None:
+        """One finished step: a line of metrics.jsonl, its holes, and how it looks to whoever watches."""
+        if not self.active:
+            return
+        self.append("metrics.jsonl", record)
+        for hole in holes:
+            entry = {"stage": self.stage, "step": record["step"], "sample": hole.where, "kind": hole.kind}
+            self.append("skipped.jsonl", entry | {"reason": hole.reason})
+        facts = (
+            f"loss {record['loss']:.4f}  {record['samples'] / record['seconds']:.1f} samples/s  "
+            f"{record['tokens'] / record['seconds']:.0f} tokens/s"
+        )
+        number, now = int(record["step"]), time.monotonic()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=number, facts=facts)
+        elif number == self.total or number <= self._start + 1 or now - self._last_line > 10:
+            self._last_line = now
+            left = (self.total - number) * record["seconds"]
+            self.console.print(f"{self.stage} {number}/{self.total}  {facts}  {left / 60:.1f} min left")
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        if self.active:
+            self.append("metrics.jsonl", record)
+            losses = "  ".join(f"{name} {loss:.4f}" for name, loss in record["held_out"].items())
+            self.say(f"{self.stage} step {record['step']}: held-out loss {losses}")
+
+    def say(self, text: str | Table) -> None:
+        if self.active:
+            self.console.print(text)
+
+    def append(self, file: str, record: Mapping[str, Any]) -> None:
+        """One line, written and handed to the system at once, so that a kill loses none."""
+        with (self.run / file).open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,64 @@
+"""Before step 0: the projector's start from real features, and the table of what trains and what will load the result."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+
+from mmit.config import Config, ConfigError, Stage
+from mmit.data.loader import Steps
+from mmit.model.build import Assembly, embedding_rms
+from mmit.model.projector import Projector, feature_statistics_
+from mmit.training.data import StageData
+
+PICTURES_FOR_STATISTICS = 256
+
+
+@torch.no_grad()
+def initialise_projector(config: Config, assembly: Assembly, steps: Steps) -> None:
+    """`projector.init: feature_statistics` from the first pictures of the stage, the same on every rank."""
+    spec, vision = config.model.projector, assembly.vlm.vision
+    if spec is None or spec.init == "default" or vision is None:
+        return
+    pixels: dict[bytes, torch.Tensor] = {}
+    for number in range(steps.order.steps(0)):
+        for occurrence in steps.order.step(number):
+            pixels.update(steps.encoders[occurrence.source].pixels(occurrence.index))
+        if len(pixels) >= PICTURES_FOR_STATISTICS:
+            break
+    if not pixels:
+        raise ConfigError(
+            f"model.projector.init: feature_statistics needs pictures, stage {config.stages[0].name} has none"
+        )
+    keys = list(pixels)[:PICTURES_FOR_STATISTICS]
+    batches = [keys[place : place + 32] for place in range(0, len(keys), 32)]
+    features = torch.cat([vision(torch.stack([pixels[key] for key in batch]), batch) for batch in batches])
+    generator = torch.Generator().manual_seed(config.seed)
+    feature_statistics_(
+        cast(Projector, assembly.vlm.projector), features, embedding_rms(assembly.vlm.language), generator=generator
+    )
+
+
+def table_of_parts(config: Config, stage: Stage, assembly: Assembly, data: StageData) -> Table:
+    """Every part: its parameters, how many of them train, at which rate and in which precision."""
+    table = Table(title=f"stage {stage.name}: {data.total} steps of {stage.batch_size} samples", title_justify="left")
+    for column in ("part", "what", "parameters", "trained", "peak rate", "precision"):
+        table.add_column(column, justify="right" if column in ("parameters", "trained", "peak rate") else "left")
+    chosen: dict[str, Any] = dict(stage.train)
+    for name, part in assembly.parts().items():
+        parameters = list(part.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        settings = chosen[name]
+        kind = type(part.encoder if name == "vision" else part).__name__
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+        table.add_row(
+            name,
+            kind + (f" + LoRA rank {assembly.lora.rank}" if name == "language" and assembly.lora else ""),
+            f"{sum(p.numel() for p in parameters):,}",
+            f"{sum(p.numel() for p in trained):,}" if trained else "frozen",
+            f"{settings.lr:g}" if settings is not None else "",
+            ", ".join(dtypes),
+        )
+    return table
