@@ -14,7 +14,7 @@ import os
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,8 @@ class Album:
             return unread(from_data_url(name, where), where, window=window)
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
             raise SampleError(
-                f"{where}: the picture is a URL ({name[:120]}), and nothing is fetched here; download the pictures first "
-                f"(img2dataset does it well) and name the files"
+                f"{where}: the picture is a URL ({name[:120]}), and nothing is fetched here; download the pictures "
+                f"first (img2dataset does it well) and name the files"
             )
         if self.root is None:
             raise SampleError(f"{where}: the row names the picture {name!r}; say with --images which folder holds it")

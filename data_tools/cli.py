@@ -51,11 +51,9 @@ def convert(
         license=license,
         rows_per_shard=rows_per_shard,
     )
-    progress = None
-    if sys.stderr.isatty():
 
-        def progress(rows: int, rejected: int) -> None:
-            print(f"\r{rows} rows, {rejected} rejected", end="", file=sys.stderr, flush=True)
+    def progress(rows: int, rejected: int) -> None:
+        print(f"\r{rows} rows, {rejected} rejected", end="", file=sys.stderr, flush=True)
 
     shards = convert_input(
         format,
@@ -66,7 +64,7 @@ def convert(
         settings=settings,
         processes=processes or os.cpu_count() or 1,
         part=_part(part),
-        progress=progress,
+        progress=progress if sys.stderr.isatty() else None,
     )
     summary = conversion(out) or {}
     print(f"{out}: {len(shards)} samples in {len(shards.shard_names)} shards from {summary.get('rows')} rows", end="")

@@ -236,7 +236,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:60]
 
 
-# Before: what an earlier run left, and pictures that are not there -------------------------------------------------------
+# Before: what an earlier run left, and pictures that are not there ----------------------------------------------------
 
 
 def _start(out: Path, plan: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ def _refuse_missing(
         )
 
 
-# Rows -> shards --------------------------------------------------------------------------------------------------------
+# Rows -> shards -------------------------------------------------------------------------------------------------------
 
 
 def _ours(shard: int, part: tuple[int, int] | None) -> bool:
@@ -452,7 +452,7 @@ def _without(sample: Sample, gone: set[int], where: str) -> Sample:
     return replace(sample, messages=tuple(messages))
 
 
-# Records of finished shards, and the end ---------------------------------------------------------------------------------
+# Records of finished shards, and the end ------------------------------------------------------------------------------
 
 
 def _record(outcome: Outcome) -> dict[str, Any]:
@@ -468,7 +468,7 @@ def _recorded(out: Path, number: int) -> Outcome | None:
     path = out / WORK / f"{number:06d}.json"
     if not path.exists():
         return None
-    record = json.loads(path.read_text())
+    record: dict[str, Any] = json.loads(path.read_text())
     shard = None
     if record["shard"] is not None:
         entry = ShardEntry(**record["shard"]["entry"])
@@ -481,8 +481,9 @@ def _recorded(out: Path, number: int) -> Outcome | None:
 
 
 def _row(record: dict[str, Any]) -> SampleRow:
-    lists = {name: tuple(record[name]) for name in ("widths", "heights")}
-    return SampleRow(**record | lists | {"sha256": tuple(bytes.fromhex(value) for value in record["sha256"])})
+    lists: dict[str, Any] = {name: tuple(record[name]) for name in ("widths", "heights")}
+    lists["sha256"] = tuple(bytes.fromhex(value) for value in record["sha256"])
+    return SampleRow(**record | lists)
 
 
 def _write(path: Path, text: str) -> None:

@@ -232,8 +232,8 @@ def table_rows(path: Path, *, delimiter: str | None = None) -> Iterator[Row | Re
         try:
             for number, record in enumerate(reader):
                 if None in record or None in record.values():
-                    reason = f"{path.name}[{number}]: the row does not have the {len(reader.fieldnames or ())} columns"
-                    yield Rejected(path.name, number, "", f"{reason} of the header; quote fields that hold {separator!r}")
+                    reason = f"{path.name}[{number}]: not the {len(reader.fieldnames or ())} columns of the header"
+                    yield Rejected(path.name, number, "", f"{reason}; quote fields with {separator!r}")
                     continue
                 yield row_at(path, number, record, lines=False)
         except (csv.Error, UnicodeDecodeError) as error:

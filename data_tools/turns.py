@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 from mmit.data.sample import BoxPart, ImagePart, Message, Part, Picture, Role, Sample, SampleError, TextPart
 
@@ -36,6 +35,17 @@ ROLES: dict[str, Role] = {
 """Ours for each role name seen in data sets. A call of a tool is written by the model; its answer is not."""
 
 Markers = Literal["error", "text"]
+
+
+class Turn(NamedTuple):
+    role: Role
+    parts: Sequence[Part]
+    train: bool | None = None
+    """None: what the role calls for."""
+
+
+def said(role: Role, text: str, train: bool | None = None) -> Turn:
+    return Turn(role, [TextPart(text)], train)
 
 
 def role_of(name: Any, where: str) -> Role:
@@ -164,14 +174,14 @@ def stripped(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def sample_of(
-    messages: Sequence[tuple[Role, Sequence[Part], bool | None]],
+    messages: Sequence[Turn],
     *,
     images: Sequence[Picture] = (),
     meta: dict[str, Any] | None = None,
     where: str,
     strip: bool = True,
 ) -> Sample:
-    """A sample from (role, parts, train or None for the role's default); key and source come from the conversion.
+    """A sample from turns; its key and source come from the conversion.
 
     An answer that comes first, before any question, is kept as context and not trained, as LLaVA and FastChat have it;
     a sample of answers alone (captions, plain text) trains them all.
@@ -205,14 +215,7 @@ def joined_system(messages: list[Message]) -> list[Message]:
     return [Message("system", tuple(parts), train=False), *messages[count:]]
 
 
-BOX = re.compile(r"\[\s*-?[\d.]+\s*(?:,\s*-?[\d.]+\s*){3}\]")
-
-
 def box(image: int, left: float, top: float, right: float, bottom: float, where: str) -> BoxPart:
     if not (left <= right and top <= bottom):
         raise SampleError(f"{where}: the box [{left}, {top}, {right}, {bottom}] has its corners swapped")
     return BoxPart(image, left, top, right, bottom)
-
-
-def images_shown(parts: Sequence[Part]) -> list[int]:
-    return [cast(ImagePart, part).image for part in parts if isinstance(part, ImagePart)]

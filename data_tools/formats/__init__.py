@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmit.config import ConfigError
 from mmit.data.sample import Sample
@@ -46,7 +46,7 @@ def samples_function(name: str) -> Samples:
             raise ConfigError(f"format {name}: cannot import {module} ({error}); is it installed here?") from None
         if not callable(found):
             raise ConfigError(f"format {name}: {module} has no function {attribute}")
-        return found
+        return cast(Samples, found)
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

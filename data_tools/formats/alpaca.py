@@ -10,32 +10,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.rows import Rejected, Row, each, fields, json_rows, table_rows, text_field
-from data_tools.turns import sample_of, text_of
-from mmit.data.sample import Part, Role, Sample, SampleError, TextPart
+from data_tools.turns import Turn, said, sample_of, text_of
+from mmit.data.sample import Sample, SampleError
 
 QUESTION = ("instruction", "problem", "prompt", "query")
 CONTEXT = ("input", "context")
 ANSWER = ("output", "response", "solution", "answer")
 
 
-def samples(path: Path, images: Path | None = None, *, strip: bool = True, join: str = "\n") -> Iterator[Sample | Rejected]:
+def samples(
+    path: Path, images: Path | None = None, *, strip: bool = True, join: str = "\n"
+) -> Iterator[Sample | Rejected]:
     del images  # text only
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        messages: list[tuple[Role, list[Part], bool | None]] = []
+        messages: list[Turn] = []
         if record.get("system"):
-            messages.append(("system", [TextPart(text_of(record["system"], row.where))], None))
+            messages.append(said("system", text_of(record["system"], row.where)))
         for number, pair in enumerate(record.get("history") or []):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise SampleError(f"{row.where}: history {number} is not a [question, answer] pair: {str(pair)[:60]!r}")
             question, answer = (text_of(text, f"{row.where}: history {number}") for text in pair)
-            messages += [("user", [TextPart(question)], None), ("assistant", [TextPart(answer)], None)]
+            messages += [said("user", question), said("assistant", answer)]
         question = text_of(text_field(row, *QUESTION), row.where)
         context = next((text_of(record[name], row.where) for name in CONTEXT if record.get(name)), "")
         answer = text_of(text_field(row, *ANSWER), row.where)
-        messages.append(("user", [TextPart(join.join(text for text in (question, context) if text))], None))
-        messages.append(("assistant", [TextPart(answer)], None))
+        messages.append(said("user", join.join(text for text in (question, context) if text)))
+        messages.append(said("assistant", answer))
         meta = {name: record[name] for name in ("id", "category", "lang") if record.get(name) is not None}
         return sample_of(messages, meta=meta, where=row.where, strip=strip)
 

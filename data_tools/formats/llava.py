@@ -14,6 +14,7 @@ from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, json_rows
 from data_tools.turns import (
     Markers,
+    Turn,
     conversation_of,
     names_of,
     pictures_first,
@@ -35,7 +36,7 @@ def samples(
     unmarked: Literal["error", "first"] = "error",
     markers: Markers = "error",
 ) -> Iterator[Sample | Rejected]:
-    """`image_first` moves pictures before the text of their turn, as LLaVA-1.5 trained; the default keeps their place."""
+    """`image_first` moves pictures before the text of their turn, as LLaVA-1.5 trained; else they keep their place."""
     album = Album(images, prefix=image_prefix)
 
     def sample(row: Row) -> Sample:
@@ -54,7 +55,7 @@ def samples(
         if image_first:
             placed = [pictures_first(parts) for parts in placed]
         return sample_of(
-            [(role, parts, None) for (role, _), parts in zip(turns, placed, strict=True)],
+            [Turn(role, parts) for (role, _), parts in zip(turns, placed, strict=True)],
             images=[album.picture(name, row.where) for name in names],
             meta={"id": record["id"]} if "id" in record else {},
             where=row.where,
