@@ -54,7 +54,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as ids (T,) with labels (T,): label i is the id at i where it is learned, else -100; not shifted."""
+    """A conversation as ids (T,) and labels (T,): label i is id i where it is learned, else -100, not shifted."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -270,8 +270,8 @@ def cut(rendered: Rendered, max_tokens: int, policy: Literal["cut", "drop"]) -> 
 
 
 def resolve(name: str, tokenizer: PreTrainedTokenizerBase, *, placeholder: int | None = None) -> Chat:
-    """The chat that a config names: `auto` (learned from the tokenizer's template), a built-in, or `package.module:NAME`,
-    a `ChatFormat` of the user's own."""
+    """The chat that a config names: `auto` (learned from the tokenizer's template), a built-in, or
+    `package.module:NAME`, a `ChatFormat` of the user's own."""
     if name == "auto":
         return Chat(learn(tokenizer), tokenizer, placeholder=placeholder)
     if name in CHAT_FORMATS:
@@ -301,7 +301,7 @@ def _with_stop(format: ChatFormat, tokenizer: PreTrainedTokenizerBase, text: Tex
         return format
     if tokenizer.eos_token is None:
         raise ConfigError(
-            f"chat: the format {format.name} ends an answer with the end-of-sequence token, but the tokenizer has none; "
+            f"chat: the format {format.name} ends an answer with the tokenizer's eos token, but it has none; "
             f"set eos_token in its tokenizer_config.json"
         )
     return replace(format, stop=str(tokenizer.eos_token))

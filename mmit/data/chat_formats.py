@@ -1,7 +1,7 @@
 """What a chat format is: strings of data, and how a conversation reads in them, before any tokenizer is involved.
 
-`pieces` is the only description of a rendered conversation: `chat.py` turns it into ids and labels, `chat_learn.py` into
-text to compare with a tokenizer's own template, and `jinja` writes the same as a template for other programs.
+`pieces` is the only description of a rendered conversation: `chat.py` makes ids and labels of it, `chat_learn.py` text
+to compare with a tokenizer's own template, and `jinja` writes the same as a template for other programs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -258,7 +258,7 @@ PLACEHOLDERS = (
 
 def find_placeholder(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of an added token that is free to stand for image tokens; None: add a row to the embeddings."""
-    added: Mapping[int, AddedToken] = tokenizer.added_tokens_decoder
+    added = cast(Mapping[int, AddedToken], tokenizer.added_tokens_decoder)
     taken = set(tokenizer.special_tokens_map.values()) - {tokenizer.special_tokens_map.get("image_token")}
     for pattern in PLACEHOLDERS:
         for number, token in sorted(added.items()):

@@ -2,11 +2,208 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mmit.config import ConfigError
-from mmit.data.chat_formats import CHAT_FORMATS, ChatFormat
+from mmit.data.chat_formats import CHAT_FORMATS, ChatFormat, pieces
+from mmit.data.sample import Message, Role, message
+
+Render = Callable[..., str]
+"""(messages, prompt=False) -> the text that the template writes."""
+
+
+class _Inexpressible(Exception):
+    """Why a template cannot be written as the strings of a `ChatFormat`."""
 
 
 def learn(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    raise ConfigError(f"chat: auto is not ready; name one of {', '.join(CHAT_FORMATS)}")
+    """The format that writes, to the letter, what the tokenizer's template writes for conversations of text.
+
+    Raises `ConfigError` with the reason when there is none: no template, a date, reasoning blocks, other logic.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    remedy = f"name a built-in instead ({', '.join(CHAT_FORMATS)}), or package.module:NAME of a ChatFormat of your own"
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"chat: auto needs a chat template, but the tokenizer of {name} has none; {remedy}")
+    render = _renderer(tokenizer)
+    try:
+        format, always_open = _extract(render, tokenizer)
+        _prove(format, render, always_open=always_open)
+    except _Inexpressible as error:
+        source = str(tokenizer.chat_template)
+        reasoning = " (it handles reasoning blocks)" if "think" in source or "reasoning" in source else ""
+        raise ConfigError(
+            f"chat: auto cannot express the chat template of {name}: {error}{reasoning}; {remedy}"
+        ) from error
+    return format
+
+
+def written(format: ChatFormat, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    """The text of a conversation without pictures in a format, in which `stop` is spelled out."""
+    return "".join(piece.text for piece in pieces(format, messages, where="probe", prompt=prompt))
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
+    def render(messages: Sequence[Message], *, prompt: bool = False, date: str | None = None) -> str:
+        conversation = [{"role": item.role, "content": item.text} for item in messages]
+        clock: dict[str, Any] = {} if date is None else {"strftime_now": lambda _: date}
+        try:
+            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt, **clock)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise _Inexpressible(
+                f"it refuses a conversation of {', '.join(i.role for i in messages)} ({error})"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    return render
+
+
+# Words without meaning, so that no template looks for them and none is part of another.
+USERS = ("qzxu", "wvku", "jfpu")
+ANSWERS = ("qzxa", "wvka", "jfpa")
+SYSTEM, CLOCK = "hgys", "qjdw"
+TURNS = tuple(
+    item for u, a in zip(USERS, ANSWERS, strict=True) for item in (message("user", u), message("assistant", a))
+)
+
+
+def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFormat, bool]:
+    """The strings found around known words; and whether the template opens the assistant's turn without being asked."""
+    full, asked, unasked = render(TURNS), render(TURNS[:1], prompt=True), render(TURNS[:1])
+    if CLOCK in render(TURNS, prompt=True, date=CLOCK):
+        raise _Inexpressible("it writes today's date, so a sample would give other ids tomorrow")
+    head, *between, tail = _around(full, [item.text for item in TURNS])
+    to_answer, to_user = between[0], between[1]
+    if set(between[0::2]) != {to_answer} or set(between[1::2]) != {to_user}:
+        raise _Inexpressible("it writes earlier turns otherwise than later ones")
+
+    prompt_end, user_after = asked[len(head) + len(USERS[0]) :], unasked[len(head) + len(USERS[0]) :]
+    always_open = asked == unasked
+    if always_open:
+        user_after, tail = (_split_stop(text, tokenizer)[0] for text in (prompt_end, tail))
+    if not (prompt_end.startswith(user_after) and to_answer.startswith(prompt_end)):
+        raise _Inexpressible("an answer does not begin where its generation prompt leaves off")
+    if not to_user.startswith(tail):
+        raise _Inexpressible("it ends the last answer otherwise than earlier ones")
+    if not tail:
+        raise _Inexpressible("it writes nothing after an answer, so a model could not learn to stop")
+    user_before = to_user[len(tail) :]
+    stop, assistant_after = _split_stop(tail, tokenizer)
+    start, system, place, default = _system(render, head, user_before, [*between, tail], always_open=always_open)
+    roles: tuple[Role, ...] = ("user", "assistant") if system is None else ("system", "user", "assistant")
+    format = ChatFormat(
+        name="auto",
+        begin=False,
+        start=start,
+        system=system,
+        system_place=place,
+        default_system=default,
+        user=(user_before, user_after),
+        assistant=(prompt_end[len(user_after) :], assistant_after),
+        lead=to_answer[len(prompt_end) :],
+        stop=stop,
+        strip=tuple(role for role in roles if _strips(render, role)),
+    )
+    return format, always_open
+
+
+def _system(
+    render: Render, head: str, user_before: str, rest: Sequence[str], *, always_open: bool
+) -> tuple[str, tuple[str, str] | None, Literal["before", "inside"], str | None]:
+    """What opens a conversation: start, system strings, their place and the default system text."""
+    opening = head.removesuffix(user_before)
+    try:
+        text = render((message("system", SYSTEM), *TURNS))
+    except _Inexpressible:
+        text = ""
+    if SYSTEM not in text:
+        if not head.endswith(user_before):
+            raise _Inexpressible("it opens the first user turn otherwise than later ones")
+        return opening, None, "before", None
+    before, after, *others = _around(text, [SYSTEM, *(item.text for item in TURNS)])
+    if (others[:-1] if always_open else others) != (rest[:-1] if always_open else rest):
+        raise _Inexpressible("with a system text it writes the turns otherwise")
+    if after.endswith(user_before):
+        after = after.removesuffix(user_before)
+        if before.startswith(opening):
+            return opening, (before[len(opening) :], after), "before", None
+        return "", (before, after), "before", _between(opening, before, after)
+    if head.endswith(user_before) and before.startswith(head):
+        return opening, (before[len(head) :], after), "inside", None
+    start, _, inner = before.partition(user_before)
+    return start, (inner, after), "inside", _between(head, before, after)
+
+
+def _between(text: str, before: str, after: str) -> str:
+    if not (text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)):
+        raise _Inexpressible("its opening without a system text is not its opening with one")
+    return text[len(before) : len(text) - len(after)]
+
+
+def _strips(render: Render, role: Role) -> bool:
+    edged = f" \n {SYSTEM} \n "
+    conversation = [message(item.role, edged) if item.role == role else item for item in TURNS[:2]]
+    if role == "system":
+        conversation.insert(0, message("system", edged))
+    return edged not in render(conversation)
+
+
+def _around(text: str, words: Sequence[str]) -> list[str]:
+    """What stands before, between and after words that must each occur once, in this order."""
+    stretches: list[str] = []
+    for word in words:
+        if text.count(word) != 1:
+            raise _Inexpressible("it drops, repeats or reorders messages")
+        stretch, _, text = text.partition(word)
+        stretches.append(stretch)
+    return [*stretches, text]
+
+
+def _split_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A text cut after the first added token in it; all of it before the cut when there is none."""
+    contents = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    found = [(text.index(content), -len(content)) for content in contents if content in text]
+    if not found:
+        return text, ""
+    start, length = min(found)
+    return text[: start - length], text[start - length :]
+
+
+HELD_OUT = (
+    *(
+        "What is this?",
+        "Two\nlines\n\nand more",
+        "  leading spaces",
+        "\n\nleading lines",
+        "trailing \n",
+        "\tboth \t",
+        "",
+    ),
+    *("<|im_end|>\n<|im_start|>assistant\nHi", "</s> [INST] x [/INST]", "<image>", "USER: a ASSISTANT: b", "user"),
+    *("<think>first</think>then", "then</think>\n\nmore", "<tool_call>{}</tool_call>", "{{ messages }} {% if x %}"),
+    *("<tool_response>x</tool_response>", "Zoë 世界 🙂 «»", '"quoted" \\ back', "<<SYS>>\nx\n<</SYS>>\n\n", "a" * 300),
+)
+
+
+def _prove(format: ChatFormat, render: Render, *, always_open: bool) -> None:
+    """Compares format and template on conversations that the format was not learned from."""
+    draw = random.Random(0)
+    for number in range(60):
+        turns = [message(role, draw.choice(HELD_OUT)) for _ in range(1 + number % 5) for role in ("user", "assistant")]
+        if format.system is not None and draw.random() < 0.5:
+            turns.insert(0, message("system", draw.choice([text for text in HELD_OUT if text.strip()])))
+        for conversation, prompt in ((turns, False), (turns[:-1], True)):
+            ours = written(format, conversation, prompt=prompt or always_open)
+            theirs = render(conversation, prompt=prompt)
+            if ours != theirs:
+                place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+                raise _Inexpressible(
+                    f"learned from simple conversations, it fails on one that holds "
+                    f"{theirs[max(0, place - 30) : place + 30]!r}, where {ours[place : place + 30]!r} was expected"
+                )

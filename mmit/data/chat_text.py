@@ -6,7 +6,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -32,12 +32,12 @@ class TextEncoder:
                 f"model.language: the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no fast "
                 f"version, without which text and added tokens cannot be told apart; give one with a tokenizer.json"
             )
-        backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        backend = cast(Tokenizer, tokenizer.backend_tokenizer)
         self.description: dict[str, Any] = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
         if self.description["model"].get("dropout"):
             raise ConfigError("model.language: the tokenizer drops merges at random; set its model's `dropout` to null")
 
-        added: Mapping[int, AddedToken] = tokenizer.added_tokens_decoder
+        added = cast(Mapping[int, AddedToken], tokenizer.added_tokens_decoder)
         spaces = {number: token for number, token in added.items() if not token.special and _is_whitespace(token)}
         self.special = {token.content: number for number, token in added.items() if number not in spaces}
         self._forbidden = {*self.special.values(), *tokenizer.all_special_ids, placeholder} - {None}
