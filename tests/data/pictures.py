@@ -1,4 +1,4 @@
-"""Pictures made for tests."""
+"""Pictures, and samples with pictures, made for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from mmit.data.sample import Picture
+from mmit.data.sample import ImagePart, Picture, Sample, message
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 
@@ -30,8 +30,8 @@ def encode(image: Image.Image | np.ndarray, kind: str = "PNG", *, orientation: i
     if orientation is not None:
         exif[0x0112] = orientation
     if kind == "WEBP":
-        image.save(buffer, kind, lossless=True, exif=exif)
-    elif kind in ("JPEG", "PNG", "TIFF"):
+        image.save(buffer, kind, lossless=True, exif=exif if orientation else b"")
+    elif orientation is not None and kind in ("JPEG", "PNG", "TIFF"):
         image.save(buffer, kind, exif=exif)
     else:
         image.save(buffer, kind)
@@ -42,3 +42,21 @@ def picture(width: int, height: int, *, kind: str = "PNG", seed: int = 0) -> Pic
     """A picture as a sample holds it."""
     data = encode(noise(width, height, seed), kind)
     return Picture(width, height, hashlib.sha256(data).hexdigest(), ENDINGS[kind], data)
+
+
+PICTURES = [picture(11 + n, 9, kind=("PNG", "JPEG", "WEBP")[n % 3], seed=n) for n in range(6)]
+
+
+def sample(number: int, *pictures: Picture, text: str = "what is this?", **meta: str) -> Sample:
+    shown = [ImagePart(n) for n in range(len(pictures))]
+    messages = (message("user", *shown, text), message("assistant", f"number {number}"))
+    return Sample(f"k{number:05d}", f"source{number % 2}", messages, pictures, meta)
+
+
+def mixed(count: int = 23) -> list[Sample]:
+    """Samples with none, one and two pictures and awkward texts."""
+    made = []
+    for n in range(count):
+        pictures = [PICTURES[n % 6], PICTURES[(n + 1) % 6]][: n % 3]
+        made.append(sample(n, *pictures, text="<image> é 漢 \x00 \n" * (n % 4), group=str(n % 5)))
+    return made
