@@ -89,9 +89,9 @@ class VisionTower(nn.Module):
         self.hidden_state = hidden_state
         self.pixels = pixels
         self.layout = layout
-        self.select = select
+        self.select: Literal["patch", "cls_patch", "cls"] = select
         self.side, self.mean, self.std = pixels.side, pixels.mean, pixels.std
-        self.interpolation = pixels.interpolation
+        self.interpolation: Literal["bicubic", "bilinear"] = pixels.interpolation
         self.patch, self.dim = layout.patch, layout.dim
         self.blocks, self.depth = layout.blocks, layout.depth
         patches = (self.side // self.patch) ** 2
@@ -121,15 +121,14 @@ class VisionTower(nn.Module):
             raise ValueError(f"pixels are {tuple(pixels.shape)}, the tower takes a side of {self.side}; use `fit_for`")
         normal = normalise(pixels, self.mean, self.std).to(next(self.parameters()).dtype)
         states = self.hidden_state(self.encoder, normal)
+        cls, patches = states[:, :1], states[:, self.layout.prefix :]
         match self.select:
             case "patch":
-                return states[:, self.layout.prefix :]
+                return patches
             case "cls":
-                return states[:, :1]
-            case "cls_patch" if self.layout.prefix == 1:
-                return states
+                return cls
             case "cls_patch":
-                return torch.cat([states[:, :1], states[:, self.layout.prefix :]], dim=1)
+                return torch.cat([cls, patches], dim=1)
 
     def unused_parameters(self) -> list[str]:
         """Parameters no selected token depends on (final norm, pooling head, ...): to be frozen, and listed as such.
@@ -149,9 +148,9 @@ class VisionTower(nn.Module):
         """Recompute activations of the blocks in the backward pass instead of keeping them."""
         match self.encoder:
             case transformers.PreTrainedModel() if enabled:
-                self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                self.encoder.activation_checkpointing_enable({"use_reentrant": False})
             case transformers.PreTrainedModel():
-                self.encoder.gradient_checkpointing_disable()
+                self.encoder.activation_checkpointing_disable()
             case VisionTransformer() | TimmModel():
                 self.encoder.set_grad_checkpointing(enabled)
 
@@ -301,6 +300,9 @@ def _transformers_tower(spec: Vision) -> VisionTower:
     match model:
         case transformers.Dinov2Model() | transformers.Dinov2WithRegistersModel():
             model.encoder.layer = model.encoder.layer[:blocks]
+            # Without this, the saved configuration names a last stage that is gone, and cannot be loaded again.
+            model.config.stage_names = model.config.stage_names[: blocks + 1]
+            model.config.set_output_features_output_indices(out_features=None, out_indices=None)
         case transformers.CLIPVisionModel() | transformers.SiglipVisionModel():
             model.encoder.layers = model.encoder.layers[:blocks]
     registers = model.config.num_register_tokens if family is _DINOV2_REGISTERS else 0
@@ -407,20 +409,20 @@ def _resize_positions(model: Any, side: int) -> None:
     if side == model.config.image_size:
         return
     embeddings = model.embeddings
+    patches = (side // model.config.patch_size) ** 2
     match model:
         case transformers.Dinov2Model() | transformers.Dinov2WithRegistersModel():
-            count = (side // model.config.patch_size) ** 2 + 1
-            like = embeddings.position_embeddings.new_empty(1, count, model.config.hidden_size)
+            like = embeddings.position_embeddings.new_empty(1, patches + 1, model.config.hidden_size)
             resized = embeddings.interpolate_pos_encoding(like, side, side)
             embeddings.position_embeddings = nn.Parameter(resized.clone())
         case _:
             extra = int(isinstance(model, transformers.CLIPVisionModel))
-            count = (side // model.config.patch_size) ** 2 + extra
+            count = patches + extra
             like = embeddings.position_embedding.weight.new_empty(1, count, model.config.hidden_size)
             resized = embeddings.interpolate_pos_encoding(like, side, side)
             embeddings.position_embedding = nn.Embedding.from_pretrained(resized[0].clone(), freeze=False)
             embeddings.position_ids = torch.arange(count).expand((1, -1))
-            embeddings.num_patches, embeddings.num_positions = count - extra, count
+            embeddings.num_patches, embeddings.num_positions = patches, count
             embeddings.image_size = side
     model.config.image_size = side
 
@@ -429,20 +431,21 @@ def _resize_positions(model: Any, side: int) -> None:
 
 
 def _open_clip_tower(spec: Vision) -> VisionTower:
+    visual: Any
     visual, pixels = _random_open_clip(spec) if spec.random is not None else _load_open_clip(spec)
     match visual:
         case VisionTransformer():
-            trunk, patch, blocks, prefix, has_cls = visual, visual.patch_size, visual.transformer.resblocks, 1, True
-            dim = visual.conv1.out_channels
+            trunk, blocks, prefix, has_cls = visual, visual.transformer.resblocks, 1, True
+            patch, dim = cast(Any, visual).patch_size[0], visual.conv1.out_channels
         case TimmModel(trunk=TimmVisionTransformer() | Eva() as trunk):
-            patch, blocks = trunk.patch_embed.patch_size, trunk.blocks
-            prefix, has_cls, dim = trunk.num_prefix_tokens, trunk.cls_token is not None, trunk.embed_dim
+            blocks, prefix, has_cls = trunk.blocks, trunk.num_prefix_tokens, trunk.cls_token is not None
+            patch, dim = cast(Any, trunk.patch_embed).patch_size[0], trunk.embed_dim
         case _:
             raise ConfigError(
                 f"model.vision.name: {spec.name} of open_clip is no plain vision transformer "
                 f"(found {type(visual).__name__}); name a ViT, such as ViT-L-14-336-quickgelu"
             )
-    _check_side(spec, patch[0])
+    _check_side(spec, patch)
     depth = len(blocks)
     below = _blocks_below(spec.layer, depth)
     if below == 0:
@@ -451,7 +454,7 @@ def _open_clip_tower(spec: Vision) -> VisionTower:
             f"write 1 to {depth}, or negative, -1 being the last block"
         )
     trunk.prune_intermediate_layers([below - 1], prune_norm=False, prune_head=False)
-    layout = Layout(patch=patch[0], dim=dim, prefix=prefix, has_cls=has_cls, blocks=below, depth=depth)
+    layout = Layout(patch=patch, dim=dim, prefix=prefix, has_cls=has_cls, blocks=below, depth=depth)
     return VisionTower(visual, _open_clip_state, pixels=pixels, layout=layout, select=spec.select)
 
 
@@ -472,8 +475,8 @@ def _open_clip_state(visual: Any, pixels: Tensor) -> Tensor:
 
 def _random_open_clip(spec: Vision) -> tuple[nn.Module, Pixels]:
     """`random` holds fields of open_clip's vision_cfg, on top of those of `name` if it is given; and `quick_gelu`."""
-    known = _named_config(spec) if spec.name else {"vision_cfg": {}}
-    sizes = {**known["vision_cfg"], **(spec.random or {}), "patch_dropout": 0.0}
+    known: dict[str, Any] = _named_config(spec) if spec.name else {"vision_cfg": {}}
+    sizes: dict[str, Any] = {**known["vision_cfg"], **(spec.random or {}), "patch_dropout": 0.0}
     quick_gelu = sizes.pop("quick_gelu", known.get("quick_gelu", False))
     if spec.side:
         sizes["image_size"] = spec.side
@@ -545,10 +548,11 @@ def _check_activation(spec: Vision, config: dict[str, Any]) -> None:
         and other["vision_cfg"] == config["vision_cfg"]
         and other.get("quick_gelu", False) == trained
     ]
+    names = " or ".join(right) or "local-dir:FOLDER with weights and an open_clip_config.json"
     gelu = {True: "QuickGELU", False: "GELU"}
     raise ConfigError(
         f"model.vision.name: {spec.name} computes {gelu[not trained]}, but the weights {pretrained!r} were trained "
-        f"with {gelu[trained]}; write name: {' or '.join(right) or 'a model that does'}"
+        f"with {gelu[trained]}; write name: {names}"
     )
 
 
@@ -582,7 +586,7 @@ def _check_positions(spec: Vision, config: dict[str, Any], path: Path) -> None:
             rows = file.get_slice(name).get_shape()[0] if name in file.keys() else None  # noqa: SIM118 - not a dict
     else:
         log.warning("%s is a pickle: read with weights_only=True; safetensors is safer and faster", path)
-        tensors = open_clip.factory.load_state_dict(str(path), weights_only=True)
+        tensors: Any = open_clip.factory.load_state_dict(str(path), weights_only=True)
         rows = len(tensors[name]) if name in tensors else None
     patch, side = config["vision_cfg"].get("patch_size", 16), config["vision_cfg"].get("image_size", 224)
     if rows is not None and rows != (side // patch) ** 2 + 1:
