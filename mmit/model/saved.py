@@ -1,0 +1,75 @@
+"""A finished run as a model again: `final/` (or a checkpoint) with its base, adapter, tokenizer and chat format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from mmit import config as schema
+from mmit.config import ConfigError
+from mmit.data.chat import Chat
+from mmit.data.chat_formats import ChatFormat
+from mmit.data.images import PictureFit
+from mmit.model.build import Assembly, add_lora, assemble, read_tensors, restore
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    assembly: Assembly
+    chat: Chat
+    """The format of the last stage, from the run itself and never guessed."""
+    fit: PictureFit | None
+    image_tokens: int
+    record: Mapping[str, Any]
+    """model.json: parts, sources, stage."""
+
+
+def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
+    """The model of a run directory or of a `final/` folder, in fp32 on the CPU; ConfigError says what is missing."""
+    folder = run if (run / "model.json").exists() else run / "final"
+    try:
+        record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{run}: holds no finished run (no final/model.json); finish it with `mmit train {run}/config.yaml`"
+        ) from None
+    if record["format"] != FORMAT:
+        raise ConfigError(f"{folder}: model format {record['format']}, this mmit reads {FORMAT}; upgrade mmit")
+    assembly = assemble(schema.Model.model_validate(record["model"]), seed=record["seed"], cache=cache)
+    _check_sources(record["sources"], assembly, folder)
+    if record["lora"] is not None:
+        add_lora(assembly, schema.Lora(**record["lora"]), seed=record["seed"])
+    restore(assembly, read_tensors(folder / "model.safetensors"), str(folder))
+    assembly.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assembly.vlm.eval()
+    vision = assembly.vlm.vision
+    return Saved(
+        assembly=assembly,
+        chat=Chat(_chat_format(record["chat"]), assembly.tokenizer, placeholder=record["placeholder"]),
+        fit=vision.fit_for(record["pictures"]) if vision is not None else None,
+        image_tokens=record["image_tokens"],
+        record=record,
+    )
+
+
+def _chat_format(record: Mapping[str, Any]) -> ChatFormat:
+    """JSON has no tuples: lists of strings become them again."""
+    known = {field.name for field in fields(ChatFormat)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items() if key in known}
+    return ChatFormat(**values)
+
+
+def _check_sources(before: Mapping[str, Any], assembly: Assembly, folder: Path) -> None:
+    for part, record in assembly.sources.items():
+        if part in before and before[part] != record:
+            raise ConfigError(
+                f"{folder}: was trained from other files of model.{part} (then {before[part]}, now {record}); "
+                f"put those back"
+            )
