@@ -112,8 +112,13 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor, keys: Sequence[bytes] = ()) -> Tensor:
         """Tokens (N, P, D) of uint8 pixels (N, 3, S, S); `keys` are for a tower that remembers (`CachedTower`)."""
+        if not len(pixels):
+            return self._nothing(pixels)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.encode(pixels)
+
+    def _nothing(self, pixels: Tensor) -> Tensor:
+        return pixels.new_empty((0, self.tokens, self.dim), dtype=next(self.parameters()).dtype)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Tokens (N, P, D) with whatever grad mode is on; `forward` is the way in."""
@@ -196,7 +201,7 @@ class CachedTower(VisionTower):
         if len(keys) != len(pixels):
             raise ValueError(f"{len(pixels)} pictures came with {len(keys)} keys; give one `feature_key` a picture")
         if not keys:
-            return pixels.new_empty((0, self.tokens, self.dim), dtype=next(self.parameters()).dtype)
+            return self._nothing(pixels)
         return torch.stack([self._tokens_of(picture, key) for picture, key in zip(pixels, keys, strict=True)])
 
     @torch.no_grad()

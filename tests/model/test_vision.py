@@ -233,7 +233,8 @@ def test_the_tokens_promised_are_the_tokens_produced(name: str, select: Select, 
             build(name, select=select)
         return
     tower = build(name, select=select, side=grid and grid * patch)
-    assert tower(pixels_for(tower, 3)).shape == (3, tower.tokens, tower.dim)
+    for pictures in (3, 0):
+        assert tower(pixels_for(tower, pictures)).shape == (pictures, tower.tokens, tower.dim)
     assert tower.fit_for("pad").side == tower.side == (grid * patch if grid else {16: 32, 14: 42}[patch])
 
 
