@@ -174,7 +174,7 @@ def stripped(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def sample_of(
-    messages: Sequence[Turn],
+    messages: Sequence[tuple[Role, Sequence[Part], bool | None]],
     *,
     images: Sequence[Picture] = (),
     meta: dict[str, Any] | None = None,

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_tools.cli import main
+from tests.tools.test_convert import rows_with
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `mmit-data` in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmit-data", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def test_help_comes_at_once() -> None:
+    code = "import sys, data_tools.cli; sys.argv = ['mmit-data', '--help']; data_tools.cli.main()"
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
+    seconds = time.monotonic() - begun
+    heavy = [name for name in ("torch", "pyarrow", "transformers", "numpy", "PIL") if f" {name}\n" in done.stderr]
+    assert heavy == []
+    assert "convert" in done.stdout
+    assert seconds < 3, "under 0.5 s on an idle machine; here others may be running"
+
+
+def test_convert_then_show(command: Command, photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 3)
+    out = tmp_path / "shards"
+    code, text, _ = command("convert", "llava", path, "--images", photos, "--out", out, "--processes", 1)
+    assert code == 0
+    assert "3 samples in 1 shards from 3 rows" in text
+    code, text, _ = command("show", out, "--index", 2)
+    assert code == 0
+    assert "assistant: 2!" in text
+
+
+def test_every_format_is_listed(command: Command) -> None:
+    from data_tools.formats import FORMATS
+
+    code, text, _ = command("formats")
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines()] == list(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "found"),
+    [
+        ({"format": "lava"}, 2, "did you mean llava"),
+        ({"input": "/nowhere/x.json"}, 2, "/nowhere/x.json"),
+        ({"images": "/nowhere"}, 2, "no such folder"),
+        ({"more": ["--set", "stripe=1"]}, 2, "did you mean strip"),
+        ({"more": ["--part", "5/4"]}, 2, "i from 1 to n"),
+        ({"more": ["--on-missing", "shrug"]}, 2, "on_missing"),
+        ({"rows": "[]"}, 3, "no rows"),
+        ({"rows": "[{"}, 3, "may be cut"),
+        ({"rows": '{"a": 1}'}, 3, "no field conversations"),
+        ({"rows": "hello"}, 2, "this is not JSON"),
+        ({"rows": ""}, 2, "the file is empty"),
+        ({"bad": (1,)}, 3, "1 of 3 rows rejected"),
+        ({"gone": (1,)}, 2, "1 pictures named by 1 rows are missing"),
+    ],
+)
+def test_a_fault_is_one_message_with_place_and_remedy(
+    command: Command, photos: Path, tmp_path: Path, change: dict[str, object], code: int, found: str
+) -> None:
+    path = rows_with(photos, 3, bad=change.get("bad", ()), gone=change.get("gone", ()))  # type: ignore[arg-type]
+    if "rows" in change:
+        path.write_text(str(change["rows"]))
+    more = change.get("more", [])
+    assert isinstance(more, list)
+    exit_code, _, error = command(
+        "convert",
+        change.get("format", "llava"),
+        change.get("input", path),
+        "--images",
+        change.get("images", photos),
+        "--out",
+        tmp_path / "out",
+        "--processes",
+        1,
+        *more,
+    )
+    assert exit_code == code
+    assert error.startswith("mmit-data: ")
+    assert found in error
+    assert "Traceback" not in error
+
+
+def test_json_of_another_kind_is_named(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps([{"instruction": "a", "output": "b"}] * 3))
+    code, _, error = command("convert", "llava", path, "--out", tmp_path / "out")
+    assert code == 3
+    assert "alpaca.json[0]: no field conversations or conversation; the row has instruction, output" in error

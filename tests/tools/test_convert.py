@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data_tools.convert as module
+from data_tools.album import unread
+from data_tools.convert import RejectedRows, Settings, conversion, convert, converted
+from data_tools.rows import Rejected
+from mmit.config import ConfigError, Source
+from mmit.data.sample import ImagePart, Sample, SampleError, message
+from mmit.data.shards import ShardSet, verify
+from tests.tools.conftest import flat, picture_bytes, read_all
+
+
+def rows_with(photos: Path, count: int, *, bad: tuple[int, ...] = (), gone: tuple[int, ...] = ()) -> Path:
+    """LLaVA rows each with its own picture; those of `bad` hold no picture, those of `gone` are not there."""
+    rows = []
+    for number in range(count):
+        name = f"p{number}.png"
+        if number not in gone:
+            data = picture_bytes(number)
+            (photos / name).write_bytes(data[: len(data) // 2] if number in bad else data)
+        turns = [{"from": "human", "value": f"<image>\n{number}?"}, {"from": "gpt", "value": f"{number}!"}]
+        rows.append({"id": f"r{number}", "image": name, "conversations": turns})
+    path = photos.parent / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".arrow"}
+
+
+SMALL = Settings(rows_per_shard=7)
+
+
+def test_the_number_of_processes_changes_no_byte(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 30, bad=(3, 21))
+    for processes in (1, 3):
+        with pytest.raises(RejectedRows):
+            convert("llava", path, photos, tmp_path / f"out{processes}", settings=SMALL, processes=processes)
+    assert files(tmp_path / "out1") == files(tmp_path / "out3")
+    assert list(verify(tmp_path / "out1")) == []
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
+    photos: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rows_with(photos, 30)
+    convert("llava", path, photos, tmp_path / "straight", settings=SMALL)
+    written: list[str] = []
+    write = module.write_shard
+
+    def counting(path: Path, samples: Any) -> Any:
+        if len(written) == stop:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write(path, samples)
+
+    monkeypatch.setattr(module, "write_shard", counting)
+    with pytest.raises(KeyboardInterrupt):
+        convert("llava", path, photos, tmp_path / "out", settings=SMALL)
+    with pytest.raises(SampleError, match="not finished"):
+        ShardSet(tmp_path / "out")
+    monkeypatch.setattr(
+        module, "write_shard", lambda path, samples: (written.append(path.name), write(path, samples))[1]
+    )
+    convert("llava", path, photos, tmp_path / "out", settings=SMALL)
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    assert len(written) == 5, "a finished shard is not written again"
+
+
+def test_another_input_does_not_go_on_with_the_shards_of_the_first(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rows_with(photos, 14)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert("llava", path, photos, tmp_path / "out", settings=SMALL)
+    path.write_text(path.read_text().replace("3!", "three"))
+    shards = convert("llava", path, photos, tmp_path / "out", settings=SMALL)
+    assert shards.read(3).messages[1].text == "three"
+
+
+def test_a_finished_set_is_found_again_and_never_overwritten(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 3)
+    convert("llava", path, photos, tmp_path / "out")
+    before = files(tmp_path / "out")
+    convert("llava", path, photos, tmp_path / "out")
+    with pytest.raises(ConfigError, match="already holds a finished shard set"):
+        convert("llava", path, photos, tmp_path / "out", options={"strip": False})
+    assert files(tmp_path / "out") == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="other files"):
+        convert("llava", path, photos, tmp_path / "full")
+
+
+def test_planted_bad_pictures_are_exactly_the_rejected_rows(photos: Path, tmp_path: Path) -> None:
+    bad = (0, 19, 20, 33, 59)
+    path = rows_with(photos, 60, bad=bad)
+    with pytest.raises(RejectedRows, match="5 of 60 rows rejected"):
+        convert("llava", path, photos, tmp_path / "out", settings=SMALL)
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(item["file"], item["row"], item["key"]) for item in rejected] == [("rows.json", n, f"r{n}") for n in bad]
+    assert all(f"p{item['row']}.png" in item["reason"] for item in rejected)
+    samples = read_all(ShardSet(tmp_path / "out"))
+    assert [sample.meta["id"] for sample in samples] == [f"r{n}" for n in range(60) if n not in bad]
+    summary = conversion(tmp_path / "out")
+    assert summary is not None
+    assert summary["rows"] == 60 == summary["samples"] + summary["rejected"]
+
+
+def test_dropping_bad_rows_ends_well_and_asks_no_second_time(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 10, bad=(4,))
+    with pytest.raises(RejectedRows, match="on-bad drop"):
+        convert("llava", path, photos, tmp_path / "out")
+    before = files(tmp_path / "out")
+    assert len(convert("llava", path, photos, tmp_path / "out", settings=Settings(on_bad="drop"))) == 9
+    assert files(tmp_path / "out") == before
+
+
+def test_all_missing_pictures_are_told_at_once_before_anything_is_written(photos: Path, tmp_path: Path) -> None:
+    gone = (1, 5, 8, 13, 21, 34, 49)
+    path = rows_with(photos, 50, gone=gone, bad=(2,))
+    with pytest.raises(ConfigError) as caught:
+        convert("llava", path, photos, tmp_path / "out")
+    text = str(caught.value)
+    assert "7 pictures named by 7 rows are missing" in text
+    assert all(f"p{n}.png   (rows.json[{n}] (id r{n}))" in text for n in gone)
+    assert "p2.png" not in text
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_missing_pictures_can_drop_the_row_or_leave_its_text(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 4, gone=(1,))
+    with pytest.raises(RejectedRows, match=r"p1\.png is missing"):
+        convert("llava", path, photos, tmp_path / "a", settings=Settings(on_missing="drop"))
+    dropped = ShardSet(tmp_path / "a")
+    assert [sample.meta["id"] for sample in read_all(dropped)] == ["r0", "r2", "r3"]
+    kept = convert("llava", path, photos, tmp_path / "b", settings=Settings(on_missing="text-only"))
+    assert flat(kept.read(1)) == [("user", ["1?"]), ("assistant", ["1!"])]
+    assert flat(kept.read(2)) == [("user", [0, "\n2?"]), ("assistant", ["2!"])]
+    summary = conversion(tmp_path / "b")
+    assert summary is not None
+    assert summary["without_pictures"] == 1
+
+
+def test_no_decode_leaves_damage_below_the_header_unseen(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 5, bad=(2,))
+    settings = Settings(decode=False, keep_metadata=True)
+    assert len(convert("llava", path, photos, tmp_path / "out", settings=settings)) == 5
+
+
+# Sources of a config -------------------------------------------------------------------------------------------------
+
+
+def test_a_source_is_converted_once_until_its_content_changes(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rows_with(photos, 3)
+    calls: list[str] = []
+    write = module.write_shard
+    monkeypatch.setattr(module, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
+    source = Source.model_validate({"llava": str(path), "images": str(photos)})
+    first = converted(source, tmp_path / "cache")
+    assert converted(source, tmp_path / "cache") == first
+    assert len(calls) == 1
+    data = picture_bytes(99)
+    (photos / "p0.png").write_bytes(data)
+    second = converted(source, tmp_path / "cache")
+    assert second != first
+    path.write_text(path.read_text().replace("0!", "zero"))
+    third = converted(source, tmp_path / "cache")
+    fourth = converted(source.model_copy(update={"options": {"strip": False}}), tmp_path / "cache")
+    assert len({first, second, third, fourth}) == 4 == len(calls)
+
+
+def test_two_at_once_convert_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rows_with(photos, 20)
+    calls: list[str] = []
+    write = module.write_shard
+    monkeypatch.setattr(module, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
+    source = Source.model_validate({"llava": str(path), "images": str(photos)})
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: converted(source, tmp_path / "cache"), range(4)))
+    assert len(folders) == 1 == len(calls)
+
+
+def test_a_source_with_bad_rows_stops_every_time_unless_the_config_drops_them(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 5, bad=(1,))
+    source = Source.model_validate({"llava": str(path), "images": str(photos)})
+    for _ in range(2):
+        with pytest.raises(RejectedRows):
+            converted(source, tmp_path / "cache")
+    dropping = source.model_copy(update={"options": {"on_bad": "drop"}})
+    assert len(ShardSet(converted(dropping, tmp_path / "cache"))) == 4
+
+
+def test_synthetic_samples_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
+    def made(**options: Any) -> list[Sample]:
+        source = Source.model_validate({"synthetic": "shapes", "options": options})
+        return read_all(ShardSet(converted(source, tmp_path / "cache")))
+
+    ten, five, other = made(count=10), made(count=5), made(count=5, seed=1)
+    assert [flat(sample) for sample in ten[:5]] == [flat(sample) for sample in five]
+    assert [sample.images[0].sha256 for sample in ten[:5]] == [sample.images[0].sha256 for sample in five]
+    assert [sample.images[0].sha256 for sample in five] != [sample.images[0].sha256 for sample in other]
+
+
+def test_synthetic_answers_are_true(tmp_path: Path) -> None:
+    source = Source.model_validate({"synthetic": "shapes", "options": {"count": 40, "questions": 4}})
+    for sample in read_all(ShardSet(converted(source, tmp_path))):
+        answers = {sample.messages[n].text.strip(): sample.messages[n + 1].text for n in (0, 2, 4, 6)}
+        assert answers.pop("Which shape is shown?") == sample.meta["shape"]
+        assert answers.pop("What colour is the shape?") == sample.meta["colour"]
+        assert answers.pop("What colour is the ground?") == sample.meta["ground"]
+        ((question, answer),) = answers.items()
+        assert (answer == "yes") == (str(sample.meta["shape"]) in question)
+
+
+# Formats of one's own ---------------------------------------------------------------------------------------------------
+
+
+def own_format(path: Path, images: Path | None = None, *, shout: bool = False) -> Iterator[Sample | Rejected]:
+    for number, line in enumerate(path.read_text().splitlines()):
+        if not line:
+            yield Rejected(path.name, number, "", f"{path.name}:{number}: an empty line")
+            continue
+        text = line.upper() if shout else line
+        yield Sample(
+            f"my.key/{number}",
+            "mine",
+            (message("user", ImagePart(0), "What?"), message("assistant", text)),
+            (unread(picture_bytes(number), f"{path.name}:{number}"),),
+        )
+
+
+def test_a_format_of_ones_own_is_named_by_module_and_function(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\n\ntwo\n")
+    name = f"{__name__}:own_format"
+    settings = Settings(on_bad="drop")
+    shards = convert(name, tmp_path / "in.txt", None, tmp_path / "o", options={"shout": True}, settings=settings)
+    assert [sample.messages[1].text for sample in read_all(shards)] == ["ONE", "TWO"]
+    assert [sample.meta["key"] for sample in read_all(shards)] == ["my.key/0", "my.key/2"]
+    assert shards.source(0) == "mine"
+    with pytest.raises(ConfigError, match="unknown option 'shuot'; did you mean shout"):
+        convert(name, tmp_path / "in.txt", None, tmp_path / "p", options={"shuot": True})
+    with pytest.raises(ConfigError, match="has no function nothing"):
+        convert(f"{__name__}:nothing", tmp_path / "in.txt", None, tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("meta", "found"), [({"x": object()}, "cannot be stored as JSON"), ({"x": "\ud800"}, "cannot be stored as JSON")]
+)
+def test_what_cannot_be_stored_is_rejected_and_not_a_crash(
+    tmp_path: Path, meta: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(path: Path, images: Path | None = None) -> Iterator[Sample]:
+        yield Sample("", "", (message("assistant", "a"),), (), meta)
+        yield Sample("", "", (message("assistant", "b"),))
+
+    monkeypatch.setattr("tests.tools.test_convert.own_format", odd)
+    (tmp_path / "in.txt").write_text("x")
+    with pytest.raises(RejectedRows, match=found):
+        convert(f"{__name__}:own_format", tmp_path / "in.txt", None, tmp_path / "out")
+    assert len(ShardSet(tmp_path / "out")) == 1
+
+
+def test_an_unknown_format_is_answered_with_the_nearest_and_the_list(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean llava"):
+        convert("lava", tmp_path, None, tmp_path / "out")
+    assert not os.path.exists(tmp_path / "out")

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from data_tools.album import Album, develop, unread
+from mmit.data.images import decode
+from mmit.data.sample import SampleError
+from tests.tools.conftest import picture_bytes
+
+CANARY = "canary-37.7749N"
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x010E] = CANARY
+    if orientation:
+        tags[0x0112] = orientation
+    return tags
+
+
+def with_metadata(kind: str, orientation: int = 0) -> bytes:
+    xmp = f"<x:xmpmeta>{CANARY}</x:xmpmeta>".encode()
+    match kind:
+        case "JPEG":
+            return picture_bytes(kind=kind, exif=exif(orientation), comment=CANARY, xmp=xmp) + CANARY.encode()
+        case "PNG":
+            text = PngImagePlugin.PngInfo()
+            text.add_text("where", CANARY)
+            text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+            return picture_bytes(kind=kind, exif=exif(orientation), pnginfo=text) + CANARY.encode()
+        case "WEBP":
+            return picture_bytes(kind=kind, exif=exif(orientation), xmp=xmp, lossless=True)
+        case "GIF":
+            return picture_bytes(kind=kind, comment=CANARY) + CANARY.encode()
+        case _:
+            return picture_bytes(kind=kind, tiffinfo={0x010E: CANARY})
+
+
+KINDS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metadata_goes_and_every_pixel_stays(kind: str) -> None:
+    data = with_metadata(kind)
+    assert CANARY.encode() in data
+    picture = develop(unread(data, "p"), "p")
+    assert picture.data is not None
+    assert CANARY.encode() not in picture.data
+    assert np.array_equal(decode(picture.data, "p"), decode(data, "p"))
+    with Image.open(io.BytesIO(picture.data)) as again:
+        assert not again.getexif()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_pixels_are_not_encoded_again(kind: str) -> None:
+    plain = picture_bytes(kind=kind, **({"lossless": True} if kind == "WEBP" else {}))
+    kept = develop(unread(with_metadata(kind), "p"), "p").data or b""
+    body = plain[plain.index(b"\xff\xda") :] if kind == "JPEG" else plain[plain.index(b"VP8L") :]
+    assert body.rstrip(b"\0") in kept
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_progressive_jpeg_keeps_all_its_scans(progressive: bool) -> None:
+    data = picture_bytes(kind="JPEG", size=(64, 48), progressive=progressive, comment=CANARY, restart_marker_rows=1)
+    picture = develop(unread(data, "p"), "p")
+    assert np.array_equal(decode(picture.data or b"", "p"), decode(data, "p"))
+    assert len(picture.data or b"") == len(data) - len(CANARY) - 4
+
+
+def test_a_colour_profile_and_a_cmyk_marker_stay(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("CMYK", (8, 8), (10, 200, 30, 40)).save(stream, format="JPEG", icc_profile=b"profile" * 9, comment=CANARY)
+    picture = develop(unread(stream.getvalue(), "p"), "p")
+    assert np.array_equal(decode(picture.data or b"", "p"), decode(stream.getvalue(), "p"))
+    assert b"profileprofile" in (picture.data or b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotation_is_baked_in_without_loss(kind: str, orientation: int) -> None:
+    data = with_metadata(kind, orientation)
+    picture = develop(unread(data, "p"), "p")
+    assert np.array_equal(decode(picture.data or b"", "p"), decode(data, "p"))
+    assert (picture.width, picture.height) == ((20, 12) if orientation < 5 else (12, 20))
+    with Image.open(io.BytesIO(picture.data or b"")) as again:
+        assert again.size == (picture.width, picture.height)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_metadata_copies_the_bytes(kind: str) -> None:
+    data = with_metadata(kind)
+    assert develop(unread(data, "p"), "p", keep_metadata=True).data == data
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_a_cut_picture_is_refused_wherever_it_is_cut(kind: str) -> None:
+    data = with_metadata(kind)
+    good = decode(data, "p")
+    for end in range(0, len(data) - 1, 37):
+        try:
+            picture = develop(unread(data[:end], "p"), "p")
+        except SampleError:
+            continue
+        # Only what trails the picture was cut off.
+        assert np.array_equal(decode(picture.data or b"", "p"), good)
+
+
+def test_deep_pictures_keep_their_window_and_16_bits() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(stream, format="PNG")
+    with pytest.raises(SampleError, match="window"):
+        develop(unread(stream.getvalue(), "p"), "p")
+    picture = develop(unread(stream.getvalue(), "p"), "p", window=(0, 4095))
+    assert picture.window == (0, 4095)
+    assert np.array_equal(
+        decode(picture.data or b"", "p", window=picture.window), decode(stream.getvalue(), "p", window=(0, 4095))
+    )
+
+
+@pytest.mark.parametrize("name", ["http://x/y.png", "https://x/y.png", "file:///etc/passwd", "s3://b/k.png"])
+def test_addresses_are_not_fetched(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="nothing is fetched"):
+        Album(tmp_path).picture(name, "row 3")
+
+
+def test_a_pipe_that_poses_as_a_picture_does_not_hang(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SampleError, match="not an ordinary file"):
+        develop(Album(tmp_path).picture("pipe.png", "row 3"), "row 3")
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(30 * 2**20)
+    with pytest.raises(SampleError, match=r"huge\.png has 31,457,280 bytes"):
+        develop(Album(tmp_path).picture("huge.png", "row 3"), "row 3")
+
+
+def test_a_bomb_is_refused_from_its_header() -> None:
+    header = struct.pack(">IIBBBBB", 14_000, 14_000, 8, 2, 0, 0, 0)
+    import zlib
+
+    chunk = b"IHDR" + header
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(SampleError, match="pixels"):
+        develop(unread(data + picture_bytes()[33:], "p"), "p")
