@@ -107,9 +107,10 @@ class Chat:
     def prompt(
         self, messages: Sequence[Message], image_tokens: Sequence[int] = (), *, boxes: Boxes | None = None
     ) -> Rendered:
-        """What inference sends: the conversation so far and the opening of the assistant's next turn."""
+        """What inference sends: the conversation so far and the opening of the assistant's next turn; no labels."""
         laid = pieces(self.format, messages, where="prompt", boxes=boxes, prompt=True)
-        return self._rendered(laid, image_tokens, "prompt")
+        rendered = self._rendered(laid, image_tokens, "prompt")
+        return replace(rendered, labels=np.full_like(rendered.labels, UNSUPERVISED))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer that generated ids hold: up to the stop marker, without what the format puts around a text."""
@@ -244,7 +245,7 @@ class _Tape:
     def mark(self, piece: Piece, start: int, stop: int) -> None:
         kind = "marker" if piece.kind == "begin" else piece.kind
         assert kind != "end"
-        last = self.spans[-1] if self.spans else None
+        last = self.spans[-1] if self.spans and self.spans[-1].stop not in self.turn_ends[-1:] else None
         if last is not None and kind != "image" and (last.role, last.kind) == (piece.role, kind):
             self.spans[-1] = Span(last.start, stop, last.role, last.kind)
         elif start < stop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -48,16 +48,19 @@ def written(format: ChatFormat, messages: Sequence[Message], *, prompt: bool = F
     return "".join(piece.text for piece in pieces(format, messages, where="probe", prompt=prompt))
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
-    def render(messages: Sequence[Message], *, prompt: bool = False, date: str | None = None) -> str:
+def _renderer(tokenizer: PreTrainedTokenizerBase, *, before: str = "") -> Render:
+    """Writes conversations with the tokenizer's template, with `before` put in front of it."""
+    template = before + tokenizer.get_chat_template()
+
+    def render(messages: Sequence[Message], *, prompt: bool = False) -> str:
         conversation = [{"role": item.role, "content": item.text} for item in messages]
-        clock: dict[str, Any] = {} if date is None else {"strftime_now": lambda _: date}
         try:
-            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt, **clock)
+            text = tokenizer.apply_chat_template(
+                conversation, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise _Inexpressible(
-                f"it refuses a conversation of {', '.join(i.role for i in messages)} ({error})"
-            ) from error
+            roles = ", ".join(item.role for item in messages)
+            raise _Inexpressible(f"it refuses a conversation of {roles} ({error})") from error
         assert isinstance(text, str)
         return text
 
@@ -67,7 +70,9 @@ def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
 # Words without meaning, so that no template looks for them and none is part of another.
 USERS = ("qzxu", "wvku", "jfpu")
 ANSWERS = ("qzxa", "wvka", "jfpa")
-SYSTEM, CLOCK = "hgys", "qjdw"
+SYSTEM, DATE = "hgys", "qjdw"
+CLOCK = f"{{%- macro strftime_now(format) -%}}{DATE}{{%- endmacro -%}}"
+"""Shadows the clock that transformers gives to templates."""
 TURNS = tuple(
     item for u, a in zip(USERS, ANSWERS, strict=True) for item in (message("user", u), message("assistant", a))
 )
@@ -76,7 +81,7 @@ TURNS = tuple(
 def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFormat, bool]:
     """The strings found around known words; and whether the template opens the assistant's turn without being asked."""
     full, asked, unasked = render(TURNS), render(TURNS[:1], prompt=True), render(TURNS[:1])
-    if CLOCK in render(TURNS, prompt=True, date=CLOCK):
+    if DATE in _renderer(tokenizer, before=CLOCK)(TURNS, prompt=True):
         raise _Inexpressible("it writes today's date, so a sample would give other ids tomorrow")
     head, *between, tail = _around(full, [item.text for item in TURNS])
     to_answer, to_user = between[0], between[1]
