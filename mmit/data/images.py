@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -36,14 +37,16 @@ Box = tuple[float, float, float, float]
 
 def size_of(data: bytes, where: str) -> tuple[int, int]:
     """Width and height of a picture as shown (after EXIF rotation), from its header; no pixel is decoded."""
-    picture = _open(data, where)
-    width, height = picture.size
-    return (height, width) if _orientation(picture, data) >= 5 else (width, height)
+    with _without_warnings():
+        picture = _open(data, where)
+        width, height = picture.size
+        return (height, width) if _orientation(picture, data) >= 5 else (width, height)
 
 
 def ending_of(data: bytes, where: str) -> str:
     """The file ending that the content calls for (`jpg`, `png`, ...), whatever the file was named."""
-    picture = _open(data, where)
+    with _without_warnings():
+        picture = _open(data, where)
     return ENDINGS[picture.format or ""]
 
 
@@ -53,18 +56,20 @@ def decode(data: bytes, where: str, *, window: tuple[float, float] | None = None
     One channel of more than 8 bits is scaled by the range of its type (floats: 0 to 1), or from `window` = (values
     shown black and white) when that is given; a window says nothing about other pictures.
     """
-    picture = _open(data, where)
-    # Before loading: Pillow turns a TIFF itself, then.
-    orientation = _orientation(picture, data)
-    try:
-        picture.load()
-        deep = picture.mode == "I" or picture.mode == "F" or picture.mode.startswith("I;16")
-        pixels = None if deep else _to_rgb(picture)
-    except Exception as error:  # decoders raise whatever their parsing runs into; all of it means "not a good picture"
-        raise SampleError(
-            f"{where}: the {picture.format} picture cannot be decoded ({type(error).__name__}): it is cut or damaged, "
-            f"or of a rare kind (mode {picture.mode}); fetch it again or save it as an ordinary 8-bit PNG or JPEG"
-        ) from None
+    with _without_warnings():
+        picture = _open(data, where)
+        # Before loading: Pillow turns a TIFF itself, then.
+        orientation = _orientation(picture, data)
+        try:
+            picture.load()
+            deep = picture.mode in ("I", "F") or picture.mode.startswith("I;16")
+            pixels = None if deep else _to_rgb(picture)
+        except Exception as error:  # decoders raise whatever they run into; all of it means "not a good picture"
+            raise SampleError(
+                f"{where}: the {picture.format} picture cannot be decoded ({type(error).__name__}): it is cut or "
+                f"damaged, or of a rare kind (mode {picture.mode}); fetch it again or save it as an ordinary 8-bit PNG "
+                f"or JPEG"
+            ) from None
     if pixels is None:
         pixels = _to_8_bit(picture, where, window)
     elif _bits(picture, data) > 8 and (spread := int(pixels.max()) - int(pixels.min())) < 64:
@@ -205,6 +210,18 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return pixels.to(torch.float32).sub_(centre).div_(spread)
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow's warnings silenced, so that a picture is the same whatever filters the program has set.
+
+    It warns of damage beside the pixels and of sizes; damage in the pixels is an error, and the size limits are ours.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 def _open(data: bytes, where: str) -> Image.Image:
     """The picture with its header read and checked, nothing decoded."""
     if len(data) > MAX_BYTES:
@@ -212,18 +229,14 @@ def _open(data: bytes, where: str) -> Image.Image:
             f"{where}: the picture has {len(data):,} bytes, the limit is {MAX_BYTES:,}; save it smaller or stronger "
             f"compressed"
         )
-    with warnings.catch_warnings():
-        # Pillow warns of some damage and guesses; a guess that matters fails on decoding, and the limits are ours.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise SampleError(
-                f"{where}: the picture has far over {MAX_PIXELS:,} pixels, the limit; scale it down first"
-            ) from None
-        except Exception:  # the header parsers raise whatever they run into; see _not_a_picture for what we tell
-            raise SampleError(f"{where}: {_not_a_picture(data)}") from None
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise SampleError(
+            f"{where}: the picture has far over {MAX_PIXELS:,} pixels, the limit; scale it down first"
+        ) from None
+    except Exception:  # the header parsers raise whatever they run into; _not_a_picture says what the bytes look like
+        raise SampleError(f"{where}: {_not_a_picture(data)}") from None
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise SampleError(

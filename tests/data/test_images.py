@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from typing import Any, Literal
 
@@ -439,6 +440,23 @@ def test_a_damaged_picture_is_an_array_of_its_size_or_a_sample_error(
     else:
         assert found.startswith("shard:key: ")
         assert "0x" not in found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_picture_is_judged_alike_whatever_the_warning_filters(kind: str) -> None:
+    random = np.random.default_rng(11)
+    whole = encode(noise(40, 30), kind, orientation=6)
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in random.integers(0, min(len(data), 300), 3):
+            data[place] = random.integers(0, 256)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quiet = attempt(bytes(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            strict = attempt(bytes(data))
+        np.testing.assert_array_equal(quiet, strict)
 
 
 def test_a_file_over_the_limit_is_refused_unread() -> None:
