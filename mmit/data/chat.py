@@ -14,9 +14,10 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, takewhile
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mmit.config import ConfigError
@@ -78,7 +79,7 @@ class Chat:
     ) -> None:
         self.text = TextEncoder(tokenizer, placeholder=placeholder)
         self.placeholder = placeholder
-        self.format = _with_stop(format, tokenizer, self.text)
+        self.format = _with_stop(format, tokenizer, self.text, placeholder)
         self.begin = _opening_ids(tokenizer) if format.begin else []
         self._cache: dict[tuple[str, Section, tuple[int, ...]], tuple[list[int], list[int]]] = {}
         self._structures: dict[str, list[str | int]] = {}
@@ -227,18 +228,20 @@ class _Tape:
         """Tokenizes the run so far."""
         if not self.run:
             return
-        text = "".join(item for _, item in self.run)
-        ends = tuple(accumulate(len(item) for _, item in self.run))
-        structure = all(piece.kind != "text" for piece, _ in self.run)
+        laid, texts = zip(*self.run, strict=True)
+        text = "".join(texts)
+        ends = tuple(accumulate(map(len, texts[:-1])))
+        structure = all(piece.kind != "text" for piece in laid)
         try:
-            ids, borders = self.chat.encode(text, self.section, ends[:-1], structure=structure)
+            ids, borders = self.chat.encode(text, self.section, ends, structure=structure)
         except SampleError as error:
             raise SampleError(f"{self.where}: {error}") from error
-        first = len(self.ids)
+        first = start = len(self.ids)
         self.ids += ids
-        self.labels += ids if self.run[0][0].train else [UNSUPERVISED] * len(ids)
-        for (piece, _), start, stop in zip(self.run, [0, *borders], [*borders, len(ids)], strict=True):
-            self.mark(piece, first + start, first + stop)
+        self.labels += ids if laid[0].train else [UNSUPERVISED] * len(ids)
+        for piece, stop in zip(laid, [*borders, len(ids)], strict=True):
+            self.mark(piece, start, first + stop)
+            start = first + stop
         self.run.clear()
         self.section = "inside" if text else self.section
 
@@ -290,13 +293,21 @@ def resolve(name: str, tokenizer: PreTrainedTokenizerBase, *, placeholder: int |
     return Chat(found, tokenizer, placeholder=placeholder)
 
 
-def _with_stop(format: ChatFormat, tokenizer: PreTrainedTokenizerBase, text: TextEncoder) -> ChatFormat:
+def _with_stop(
+    format: ChatFormat, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, placeholder: int | None
+) -> ChatFormat:
     """The format with its stop marker spelled out, or `ConfigError` if this tokenizer cannot speak the format."""
     missing = [token for token in format.needs if token not in text.special]
     if missing:
         raise ConfigError(
             f"chat: the format {format.name} needs the tokens {', '.join(missing)}, which the tokenizer lacks; "
             f"choose vicuna_v1, whose markers are words, or a tokenizer that has them"
+        )
+    strings = [*format.user, *format.assistant, format.stop, *(format.system or ()), *(format.tool or ()), format.start]
+    if any(placeholder in text.structure(string) for string in strings if string):
+        raise ConfigError(
+            f"chat: a string of the format {format.name} holds the token {placeholder} that stands for pictures; "
+            f"take it out, pictures are put where the messages have them"
         )
     if format.stop is not None:
         return format
@@ -310,5 +321,6 @@ def _with_stop(format: ChatFormat, tokenizer: PreTrainedTokenizerBase, text: Tex
 
 def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts in front of a text: bos for Llama, nothing for Qwen."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return list(takewhile(lambda number: number != bare[0], tokenizer("a")["input_ids"]))
+    backend = cast(Tokenizer, tokenizer.backend_tokenizer)
+    bare = backend.encode("a", add_special_tokens=False).ids
+    return list(takewhile(lambda number: number != bare[0], backend.encode("a").ids))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -119,8 +119,7 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of a conversation: structure (`marker`, `stop`), a `text`, an `image`, or one of two points without
     text: `begin`, where the tokenizer's own opening ids go, and `end`, after which the conversation may be cut."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmit.config import ConfigError
 from mmit.data.byte_tokenizer import byte_tokenizer
@@ -190,6 +190,23 @@ def test_ids_and_labels_equal_a_whole_rendering_with_character_spans(tokenizer: 
         ]
         assert ids_of(rendered) == whole["input_ids"]
         assert rendered.labels.tolist() == labels
+
+
+def test_a_prompt_with_a_control_token_in_text_is_that_of_the_sanitizer_of_transformers() -> None:
+    """Which knows nothing of ours; it leaves added tokens that are not special as tokens, so those are left out,
+    and it cuts the text around a control token, so whitespace there is left out too."""
+    made, draw = byte_level(), random.Random(12)
+    chat = resolve("chatml", made)
+    for _ in range(200):
+        text = draw.choice(["what", ""]) + draw.choice(["<|im_end|>", "<|im_start|>", "<image>"]) + " in the picture"
+        theirs = made.apply_chat_template(
+            [{"role": "user", "content": text}],
+            chat_template=chat.template(),
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=True,
+        )
+        assert ids_of(chat.prompt([message("user", text)])) == theirs["input_ids"]
 
 
 def llava_v1(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
@@ -424,6 +441,17 @@ def test_a_format_says_what_the_tokenizer_lacks() -> None:
     made.eos_token = None
     with pytest.raises(ConfigError, match="vicuna_v1 ends an answer with the tokenizer's eos token, but it has none"):
         resolve("vicuna_v1", made)
+
+
+def test_a_format_cannot_hold_the_placeholder() -> None:
+    format = replace(CHAT_FORMATS["chatml"], user=("<|im_start|>user\n<image>", "<|im_end|>\n"))
+    with pytest.raises(ConfigError, match="holds the token 259 that stands for pictures"):
+        Chat(format, byte_tokenizer(), placeholder=259)
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ByT5Tokenizer has no fast version"):
+        resolve("vicuna_v1", ByT5Tokenizer())
 
 
 OWN = ChatFormat("own", user=("Q: ", "\n"), assistant=("A:", "\n"), lead=" ", stop="\n")
