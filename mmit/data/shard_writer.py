@@ -22,6 +22,7 @@ from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter, SampleRow, Sha
 
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
 TAR = re.compile(r"shard-\d{6,}\.tar")
+TEMPORARY = re.compile(r"(shard-\d{6,}\.tar|samples\.parquet|samples-\w+\.arrow|index\.json)\.\d+\.tmp")
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -119,24 +120,21 @@ def _claim(folder: Path, overwrite: bool) -> None:
     """Make `folder` ready for writing without ever touching files that are not ours."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / UNFINISHED
-    ours: list[Path] = []
-    if (folder / INDEX).exists():
-        if not overwrite:
-            raise SampleError(
-                f"{folder}: already holds a finished shard set; write to another folder, or pass overwrite on purpose"
-            )
-        ours = [folder / INDEX, *(folder / entry.name for entry in read_index(folder).entries)]
-        note.touch()
-    elif note.exists():
-        ours = [path for path in folder.glob("*.tar") if TAR.fullmatch(path.name)]
-    for path in ours:
-        path.unlink(missing_ok=True)
-    for cached in folder.glob("samples-*.arrow"):
-        cached.unlink()
-    strangers = sorted(path.name for path in folder.glob("*.tar"))
-    if strangers:
-        raise SampleError(f"{folder}: holds {strangers[0]}, which is of no shard set here; write to an empty folder")
+    finished = (folder / INDEX).exists()
+    if finished and not overwrite:
+        raise SampleError(
+            f"{folder}: already holds a finished shard set; write to another folder, or pass overwrite on purpose"
+        )
+    listed = {entry.name for entry in read_index(folder).entries} if finished else None
+    tars = sorted(folder.glob("*.tar"))
+    ours = [path for path in tars if TAR.fullmatch(path.name) and (note.exists() or path.name in (listed or ()))]
+    for path in tars:
+        if path not in ours:
+            raise SampleError(f"{folder}: holds {path.name}, which is not ours to remove; write to an empty folder")
     note.touch()
+    unfinished = [path for path in folder.glob("*.tmp") if TEMPORARY.fullmatch(path.name)]
+    for path in [folder / INDEX, *ours, *unfinished, *folder.glob("samples-*.arrow")]:
+        path.unlink(missing_ok=True)
 
 
 class _Tar:

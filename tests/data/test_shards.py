@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -191,6 +192,20 @@ def test_a_failed_writing_leaves_no_set_and_can_be_repeated(written: ShardSet, t
     assert contents(folder) == contents(written.folder)
 
 
+def test_what_a_killed_writer_left_gives_way_to_the_next(written: ShardSet, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from mmit.data.shards import ShardWriter;"
+        "from tests.data.pictures import mixed; writer = ShardWriter(Path(sys.argv[1]), samples_per_shard=1);"
+        "[writer.write(item) for item in mixed(9)]; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "shard-000008.tar").exists()
+    with pytest.raises(SampleError, match="writing was not finished"):
+        ShardSet(tmp_path)
+    write_shards(mixed(), tmp_path, samples_per_shard=5)
+    assert contents(tmp_path) == contents(written.folder)
+
+
 def test_a_finished_set_is_overwritten_only_on_purpose(tmp_path: Path, written: ShardSet) -> None:
     write_shards(mixed(9), tmp_path, samples_per_shard=1)
     with pytest.raises(SampleError, match="already holds a finished shard set"):
@@ -199,11 +214,18 @@ def test_a_finished_set_is_overwritten_only_on_purpose(tmp_path: Path, written: 
     assert contents(tmp_path) == contents(written.folder)
 
 
-def test_files_of_others_are_never_removed(tmp_path: Path) -> None:
-    (tmp_path / "shard-000000.tar").write_bytes(b"precious")
-    with pytest.raises(SampleError, match="of no shard set"):
-        write_shards(mixed(), tmp_path)
-    assert (tmp_path / "shard-000000.tar").read_bytes() == b"precious"
+@pytest.mark.parametrize("name", ["shard-000000.tar", "cc3m.tar"])
+def test_tars_of_others_are_never_removed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(SampleError, match=f"holds {name}, which is not ours to remove"):
+        write_shards(mixed(), tmp_path, overwrite=True)
+    (tmp_path / name).rename(tmp_path / "kept")
+    write_shards(mixed(), tmp_path)
+    (tmp_path / "kept").rename(tmp_path / "other.tar")
+    with pytest.raises(SampleError, match=r"holds other.tar, which is not ours to remove"):
+        write_shards(mixed(), tmp_path, overwrite=True)
+    assert (tmp_path / "other.tar").read_bytes() == b"precious"
+    assert len(ShardSet(tmp_path)) == 23
 
 
 # Other readers ------------------------------------------------------------------------------------------------------
