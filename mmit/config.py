@@ -52,7 +52,8 @@ class Vision(Section):
     name: str = ""
     """Model name (open_clip), hub name or folder (transformers)."""
     pretrained: str | None = None
-    """open_clip: the tag or file of the weights. transformers loads those of `name`."""
+    """open_clip: the tag or file of the weights, unless `name` is hf-hub:NAME or local-dir:FOLDER, which hold them.
+    transformers loads those of `name`."""
     layer: int = -2
     """Hidden state to read, counted as transformers does: 0 the embeddings, -1 the last block, before the
     final norm."""
@@ -69,7 +70,8 @@ class Vision(Section):
     def _has_a_source(self) -> Vision:
         if self.random is None and not self.name:
             raise ValueError("write `name` (and, for open_clip, `pretrained`), or `random` for a tower without weights")
-        if self.random is None and self.library == "open_clip" and self.pretrained is None:
+        holds_weights = self.name.startswith(("hf-hub:", "local-dir:"))
+        if self.random is None and self.library == "open_clip" and self.pretrained is None and not holds_weights:
             raise ValueError("open_clip needs `pretrained` (a tag such as openai, or a file), or `random`")
         return self
 
@@ -130,7 +132,7 @@ class Source(Section):
     @classmethod
     def _read_short_form(cls, tree: Any) -> Any:
         """Turns `{llava: notes.json, ...}` into `{format: llava, path: notes.json, ...}`."""
-        if not isinstance(tree, dict) or "shards" in tree or "format" in tree:
+        if not isinstance(tree, dict) or {"shards", "format", "path"} & tree.keys():
             return tree
         other = [
             key
