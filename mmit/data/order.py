@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -61,11 +62,13 @@ class Order:
 
     def total_steps(self, epochs: float) -> int:
         """Steps of `epochs` epochs, the last one in part if it is not whole."""
-        whole = int(epochs)
-        return sum(self.steps(epoch) for epoch in range(whole)) + math.ceil((epochs - whole) * self.steps(whole))
+        whole, part = divmod(Fraction(str(epochs)), 1)  # 1.1 - 1 is more than a tenth in floating point
+        return sum(self.steps(epoch) for epoch in range(whole)) + math.ceil(part * self.steps(whole))
 
     def place(self, step: int) -> tuple[int, int]:
         """Epoch of step `step` (from 0, over the whole stage), and its number within that epoch."""
+        if not any(len(origin.indices) for origin in self.origins):
+            raise IndexError(f"step {step} of an order with no sample")
         epoch = 0
         while step >= self.steps(epoch):
             step -= self.steps(epoch)
@@ -119,8 +122,10 @@ def _epoch(order: Order, epoch: int) -> Integers:
     rows = np.concatenate(parts) if parts else np.empty((0, 3), dtype=np.int64)
     if order.window is not None:
         return _interleave(rows, order, epoch)
-    mixed = rows[permutation(len(rows), order.seed, "mix", epoch)]
-    return _keep_groups_together(mixed, order)
+    mix = permutation(len(rows), order.seed, "mix", epoch)
+    if all(origin.groups is None for origin in order.origins):
+        return rows[mix]
+    return rows[_whole_groups(_groups(rows, order), mix)]
 
 
 def _source_order(order: Order, origin: Origin, turn: int) -> Integers:
@@ -148,10 +153,8 @@ def _interleave(rows: Integers, order: Order, epoch: int) -> Integers:
     return rows[np.lexsort((tie, place))]
 
 
-def _keep_groups_together(rows: Integers, order: Order) -> Integers:
-    """The rows with members of a group moved up to the group's first one; unchanged where no origin has groups."""
-    if all(origin.groups is None for origin in order.origins):
-        return rows
+def _groups(rows: Integers, order: Order) -> Integers:
+    """The group of each row, numbered over all sources; a row of a source without groups is its own."""
     label = np.empty(len(rows), dtype=np.int64)
     free = 0
     for number, origin in enumerate(order.origins):
@@ -161,9 +164,19 @@ def _keep_groups_together(rows: Integers, order: Order) -> Integers:
             free += len(mine)
         else:
             # A group that comes round again within the epoch is a new group: its second turn need not join the first.
-            turns = rows[mine, 2] - rows[mine, 2].min(initial=0)
+            turns = rows[mine, 2]
             span = int(origin.groups.max(initial=-1)) + 1
             label[mine] = free + turns * span + origin.groups[np.searchsorted(origin.indices, rows[mine, 1])]
             free += span * (int(turns.max(initial=0)) + 1)
-    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
-    return rows[np.argsort(first[inverse], kind="stable")]
+    return label
+
+
+def _whole_groups(label: Integers, mix: Integers) -> Integers:
+    """`mix`, an order of the rows, with every group whole at the place of one member.
+
+    That member is chosen before mixing, so that all groups are equally likely everywhere: at the place of whichever
+    member comes first, large groups would come early and an epoch end in lone samples.
+    """
+    place = np.argsort(mix)
+    _, chosen, group = np.unique(label, return_index=True, return_inverse=True)
+    return np.lexsort((place, place[chosen][group]))
