@@ -159,7 +159,7 @@ def to_json(sample: Sample) -> str:
         ],
         "meta": dict(sample.meta),
     }
-    return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def from_json(text: str | bytes, where: str, *, data: Sequence[bytes] | None = None) -> Sample:
@@ -194,7 +194,9 @@ def from_json(text: str | bytes, where: str, *, data: Sequence[bytes] | None = N
             for item in record["messages"]
         )
         sample = Sample(record["key"], record["source"], messages, images, record["meta"])
-    except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+    except SampleError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
         raise SampleError(
             f"{where}: not a sample of mmit ({type(error).__name__}: {error}); the schema is in data_tools/README.md"
         ) from error
