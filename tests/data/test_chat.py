@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmit.config import ConfigError
@@ -452,6 +453,17 @@ def test_a_format_cannot_hold_the_placeholder() -> None:
 def test_a_tokenizer_without_a_fast_version_is_refused() -> None:
     with pytest.raises(ConfigError, match="ByT5Tokenizer has no fast version"):
         resolve("vicuna_v1", ByT5Tokenizer())
+
+
+def test_strings_of_a_format_hold_the_same_tokens_as_for_the_tokenizer() -> None:
+    """The longest token counts, with the whitespace that Phi's take along on their right."""
+    made = byte_tokenizer()
+    made.add_tokens([AddedToken("<x>", special=True), AddedToken("<x>y", special=True, rstrip=True)])
+    text = Chat(CHAT_FORMATS["chatml"], made).text
+    for string in ("<x>y\n z", "a<x> z", "<x><x>y", "y<x"):
+        items = text.structure(string)
+        ids = [i for item in items for i in ([item] if isinstance(item, int) else text.encode(item, "inside")[0])]
+        assert ids == made(string, add_special_tokens=False)["input_ids"]
 
 
 OWN = ChatFormat("own", user=("Q: ", "\n"), assistant=("A:", "\n"), lead=" ", stop="\n")
