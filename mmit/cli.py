@@ -55,6 +55,67 @@ def config(
         typer.echo(f"# {line}")
 
 
+@app.command()
+def generate(
+    run: Run,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to show before the prompt; repeatable.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="Ask all lines of a file: objects with messages or prompt.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the lines of --jsonl go, each with its answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system text, where a conversation has none.")] = None,
+    max_new_tokens: int = 256,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest answer; more: drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")] = 1.0,
+    seed: int = 0,
+    batch_size: Annotated[int, typer.Option(help="Lines of --jsonl that are answered at a time.")] = 8,
+) -> None:
+    """Ask a finished run: one prompt, or a file of them (the same command goes on with it after an interruption)."""
+    if (prompt is None) == (jsonl is None):
+        raise ConfigError(
+            "mmit generate: write either --prompt 'What is this?' (and --image FILE to show a picture), "
+            "or --jsonl IN --out OUT"
+        )
+    if (jsonl is None) != (out is None) or (jsonl is not None and image):
+        raise ConfigError("mmit generate: --jsonl goes with --out and names its pictures itself; --image with --prompt")
+    for file in image or ():
+        if not file.is_file():
+            raise ConfigError(f"--image {file}: no such file; name a picture")
+    from mmit.inference.conversation import conversation
+    from mmit.inference.generate import Sampling, load
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    model = load(run)
+    for note in model.notes:
+        typer.echo(note, err=True)
+    if prompt is not None:
+        asked = conversation(prompt, image or (), system=system)
+        typer.echo(model.chat.decode(model.generate([asked], sampling)[0]))
+        return
+    assert jsonl is not None
+    assert out is not None
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mmit.inference.jsonl import answer_file
+
+    screen = Console(stderr=True)
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("answers", total=None)
+        before, done = answer_file(
+            model,
+            jsonl,
+            out,
+            sampling=sampling,
+            batch_size=batch_size,
+            system=system,
+            progress=lambda answered, total: bar.update(task, completed=answered, total=total),
+        )
+    typer.echo(f"{out}: {done} answers" + (f", {before} of them from before" if before else ""), err=True)
+
+
 def main() -> None:
     """The entry point: faults of the user end in one message and exit code 2, of the data in 3, an interruption in 75."""
     try:
