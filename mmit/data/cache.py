@@ -11,7 +11,6 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 HEADER = struct.Struct("<4sHxxII")  # magic, key bytes, value bytes, checksum of key and value
 MAGIC = b"mmr1"
@@ -23,61 +22,74 @@ def cache_folder(configured: str | None) -> Path:
 
 
 class RecordCache:
-    """`get` and `put` of bytes under keys of at most 65,535 bytes; safe to share with forked and spawned processes."""
+    """`get` and `put` of bytes under keys of at most 65,535 bytes; safe to share with forked and spawned processes.
+
+    The file is open only during a call: a set has a cache a shard, more than a process may keep open.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._opened: tuple[int, int] | None = None
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._records: dict[bytes, tuple[int, int, int]] = {}  # start, bytes and checksum of key and value
         self._scanned = 0
+        self._inode = 0
 
     def get(self, key: bytes) -> bytes | None:
         """The value under `key`, or None if no process has put it yet."""
-        if key not in self._places:
-            self._scan()
-        place = self._places.get(key)
-        return None if place is None else os.pread(self._descriptor(), place[1], place[0])
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            return self._read(descriptor, key)
+        finally:
+            os.close(descriptor)
 
     def put(self, key: bytes, value: bytes) -> None:
         """Keeps `value` under `key`; the first value stays."""
-        descriptor = self._descriptor()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            self._scan()
-            if key in self._places:
-                return
-            os.ftruncate(descriptor, self._scanned)  # under the lock nobody writes: what does not parse is a torn end
-            record = HEADER.pack(MAGIC, len(key), len(value), zlib.crc32(key + value)) + key + value
-            os.pwrite(descriptor, record, self._scanned)
-            self._scan()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._scan(descriptor)
+            if self._read(descriptor, key) is None:
+                os.ftruncate(descriptor, self._scanned)  # nobody else writes: what does not parse is a torn end
+                record = HEADER.pack(MAGIC, len(key), len(value), zlib.crc32(key + value)) + key + value
+                os.pwrite(descriptor, record, self._scanned)
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
-    def _scan(self) -> None:
+    def _read(self, descriptor: int, key: bytes) -> bytes | None:
+        if key in self._records:
+            start, size, checksum = self._records[key]
+            body = os.pread(descriptor, size, start)
+            if zlib.crc32(body) == checksum:
+                return body[len(key) :]
+            self._forget()  # somebody cut or damaged the file since it was scanned
+        self._scan(descriptor)
+        if key not in self._records:
+            return None
+        start, size, _ = self._records[key]
+        return os.pread(descriptor, size, start)[len(key) :]
+
+    def _scan(self, descriptor: int) -> None:
         """Learns the records that other processes have appended since the last look."""
-        descriptor = self._descriptor()
-        end = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        end = status.st_size
+        if status.st_ino != self._inode or end < self._scanned:
+            self._forget()
+            self._inode = status.st_ino
         while self._scanned + HEADER.size <= end:
             magic, key_bytes, value_bytes, checksum = HEADER.unpack(os.pread(descriptor, HEADER.size, self._scanned))
-            start = self._scanned + HEADER.size
-            if magic != MAGIC or start + key_bytes + value_bytes > end:
+            start, size = self._scanned + HEADER.size, key_bytes + value_bytes
+            if magic != MAGIC or start + size > end:
                 return
-            body = os.pread(descriptor, key_bytes + value_bytes, start)
+            body = os.pread(descriptor, size, start)
             if zlib.crc32(body) != checksum:
                 return
-            self._places.setdefault(body[:key_bytes], (start + key_bytes, value_bytes))
-            self._scanned = start + key_bytes + value_bytes
+            self._records.setdefault(body[:key_bytes], (start, size, checksum))
+            self._scanned = start + size
 
-    def _descriptor(self) -> int:
-        # A lock belongs to an open file, which forked children share: each process must open its own.
-        if self._opened is None or self._opened[0] != os.getpid():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._opened = (os.getpid(), os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        return self._opened[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
-
-    def __del__(self) -> None:
-        if self._opened is not None and self._opened[0] == os.getpid():
-            os.close(self._opened[1])
+    def _forget(self) -> None:
+        self._records.clear()
+        self._scanned = 0
