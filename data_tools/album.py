@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,8 +50,15 @@ class Album:
         self.root = root.resolve() if root is not None else None
         self.prefix = prefix
 
-    def picture(self, name: str, where: str, *, window: tuple[float, float] | None = None) -> Unread:
-        """The picture a row calls `name`: a path below the folder, or a `data:` URL."""
+    def picture(self, name: Any, where: str, *, window: tuple[float, float] | None = None) -> Unread:
+        """The picture a row calls `name`: a path below the folder, a `data:` URL, bytes, or {bytes, path} as `datasets`
+        stores it."""
+        if isinstance(name, bytes):
+            return unread(name, where, window=window)
+        if isinstance(name, dict):
+            if isinstance(name.get("bytes"), bytes):
+                return unread(name["bytes"], where, window=window)
+            name = name.get("path") or name.get("url")
         if not isinstance(name, str) or not name:
             raise SampleError(f"{where}: a picture is named by {name!r}; write its path below the images folder")
         if name.startswith("data:"):
@@ -92,9 +100,13 @@ def from_base64(text: str, where: str) -> bytes:
         raise SampleError(f"{where}: the picture is not valid base64; encode the file again") from None
 
 
-def missing(sample: Sample) -> list[Path]:
-    """The picture files of the sample that are not there."""
-    return [p.path for p in sample.images if isinstance(p, Unread) and p.path is not None and not p.path.exists()]
+def missing(sample: Sample) -> list[str]:
+    """The names below the images folder of the sample's pictures that are not there."""
+    return [
+        str(p.path.relative_to(p.root))
+        for p in sample.images
+        if isinstance(p, Unread) and p.path is not None and p.root is not None and not p.path.exists()
+    ]
 
 
 def read(picture: Unread) -> bytes:

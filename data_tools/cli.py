@@ -101,6 +101,44 @@ def show(
 
 
 @app.command()
+def merge(
+    shards: Annotated[list[Path], typer.Argument(help="Folders of shards: all parts of a conversion, or any sets.")],
+    out: Annotated[Path, typer.Option(help="Folder for the joined set.")],
+) -> None:
+    """Join shard sets; parts made by `convert --part i/n` give the bytes of one run."""
+    from data_tools.merge import merge as merge_sets
+
+    joined = merge_sets(shards, out)
+    print(f"{out}: {len(joined)} samples in {len(joined.shard_names)} shards")
+
+
+@app.command()
+def verify(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    most: Annotated[int, typer.Option(help="How many faults to list.")] = 100,
+) -> None:
+    """Check every hash, member and picture of a shard set; exit 3 with a list if something is wrong."""
+    from itertools import islice
+
+    from mmit.data.shards import ShardSet
+    from mmit.data.shards import verify as faults_of
+
+    if not shards.is_dir():
+        from mmit.config import ConfigError
+
+        raise ConfigError(f"{shards}: no such folder; name a folder of shards")
+    faults = list(islice(faults_of(shards), most))
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(
+            f"mmit-data: {len(faults)}{' or more' if len(faults) == most else ''} faults in {shards}", file=sys.stderr
+        )
+        sys.exit(DATA_FAULT)
+    print(f"{shards}: {len(ShardSet(shards))} samples, no fault")
+
+
+@app.command()
 def formats() -> None:
     """List the formats that can be converted."""
     from data_tools.formats import FORMATS

@@ -276,21 +276,23 @@ def _refuse_missing(
     part: tuple[int, int] | None,
 ) -> None:
     """One look at every row before the first picture is opened, so that a wrong --images costs seconds."""
-    if root is None or settings.on_missing != "error":
+    beside = format in FORMATS and FORMATS[format].beside
+    if not (root is not None or beside) or settings.on_missing != "error":
         return
     rows, names = 0, {}
+    below = root or path
     for number, item in enumerate(samples_of(format, path, root, options)):
         if isinstance(item, Rejected) or not _ours(number // settings.rows_per_shard, part):
             continue
         absent = missing(item)
         rows += bool(absent)
-        for name in absent:
-            names.setdefault(os.path.relpath(name, root.resolve()), _place_of(item, path.name, number))
+        for picture in absent:
+            names.setdefault(picture, _place_of(item, path.name, number))
     if names:
         shown = "".join(f"\n  {name}   ({where})" for name, where in islice(names.items(), 20))
         more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
         raise ConfigError(
-            f"{path}: {len(names)} pictures named by {rows} rows are missing below {root}:{shown}{more}\n"
+            f"{path}: {len(names)} pictures named by {rows} rows are missing below {below}:{shown}{more}\n"
             f"Check --images and --set image_prefix=..., or say --on-missing drop (leave those rows out) or text-only"
         )
 

@@ -90,6 +90,14 @@ def each(rows: Iterable[Row | Rejected], sample_of: Callable[[Row], Sample]) -> 
         )
 
 
+def records(path: Path) -> Iterator[Row | Rejected]:
+    """The records of a JSON, JSONL, CSV, TSV or parquet file, or of a folder of one kind of these."""
+    names = {path.name} if path.is_file() else {file.name for file in path.rglob("*")}
+    if any(re.search(r"\.(csv|tsv|parquet)(\.gz)?$", name) for name in names):
+        return table_rows(path)
+    return json_rows(path)
+
+
 def json_rows(path: Path) -> Iterator[Row | Rejected]:
     """The records of a JSON list, a JSONL file or a folder of either, `.gz` or not, never all in memory."""
     if path.is_dir():
@@ -165,8 +173,17 @@ def _lines(path: Path) -> Iterator[Row | Rejected]:
             yield row_at(path, number, record, lines=True)
 
 
-def _list(path: Path) -> Iterator[Row | Rejected]:
-    """The elements of one JSON list, read piece by piece."""
+def member_rows(path: Path) -> Iterator[Row]:
+    """The members of one JSON object {name: record, ...}, read piece by piece; a record gets its name as `key`."""
+    for row in _list(path, members=True):
+        name, record = row.record
+        record = {"key": name, **record} if isinstance(record, dict) else record
+        yield Row(row.file, row.number, f"{path.name}[{name!r}]", record)
+
+
+def _list(path: Path, *, members: bool = False) -> Iterator[Row]:
+    """The elements of one JSON list, or the (name, value) members of one object, read piece by piece."""
+    opening, closing = "{}" if members else "[]"
     decoder = json.JSONDecoder()
     with opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
         buffer, position, number, ended = "", 0, -1, False
@@ -192,32 +209,40 @@ def _list(path: Path) -> Iterator[Row | Rejected]:
                     return buffer[position : position + 1]
                 more()
 
-        if skip_space() != "[":
-            raise broken("this is not a JSON list")
-        position += 1
-        if skip_space() == "]":
-            return
-        while True:
-            number += 1
+        def value() -> Any:
+            nonlocal position
             skip_space()
             while True:
                 try:
-                    record, end = decoder.raw_decode(buffer, position)
+                    found, end = decoder.raw_decode(buffer, position)
                     if end < len(buffer) or ended:
-                        break
+                        position = end
+                        return found
                 except (ValueError, RecursionError) as error:
                     if ended or isinstance(error, RecursionError):
                         raise broken(f"not valid JSON ({error})") from None
                 more()
-            position = end
+
+        if skip_space() != opening:
+            raise broken(f"this is not JSON that begins with {opening}")
+        position += 1
+        if skip_space() == closing:
+            return
+        while True:
+            number += 1
+            record = value()
+            if members:
+                if skip_space() != ":":
+                    raise broken("expected ':' after a name")
+                position += 1
+                record = (record, value())
             yield row_at(path, number, record, lines=False)
-            match skip_space():
-                case ",":
-                    position += 1
-                case "]":
-                    return
-                case other:
-                    raise broken(f"expected ',' or ']' after the row, found {other!r}")
+            following = skip_space()
+            if following == closing:
+                return
+            if following != ",":
+                raise broken(f"expected ',' or {closing!r} after the row, found {following!r}")
+            position += 1
 
 
 def table_rows(path: Path, *, delimiter: str | None = None) -> Iterator[Row | Rejected]:

@@ -73,6 +73,30 @@ def conversation_of(value: Any, where: str) -> list[Any]:
     return value
 
 
+def valued_turns(
+    value: Any, where: str, *, role: tuple[str, ...] = ("from", "role"), text: tuple[str, ...] = ("value", "content")
+) -> list[tuple[Role, str]]:
+    """The turns of a conversation of objects with a role and a text, under the first of these names that is there."""
+    turns = []
+    for number, turn in enumerate(conversation_of(value, where)):
+        here = f"{where}: turn {number}"
+        if not isinstance(turn, dict):
+            raise SampleError(f"{here}: expected an object with {role[0]} and {text[0]}, found {str(turn)[:60]!r}")
+        named, said = (next((turn[key] for key in keys if key in turn), None) for keys in (role, text))
+        turns.append((role_of(named, here), text_of(said, here)))
+    return turns
+
+
+def with_tools(turns: list[tuple[Role, str]], tools: Any) -> list[tuple[Role, str]]:
+    """The turns with the list of tools at the end of the system message, where the model reads and never learns it."""
+    if not tools:
+        return turns
+    listed = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+    if turns and turns[0][0] == "system":
+        return [("system", f"{turns[0][1]}\n\n{listed}"), *turns[1:]]
+    return [("system", listed), *turns]
+
+
 def text_of(value: Any, where: str) -> str:
     """The text itself, or `SampleError` if it is none or cannot be stored."""
     if not isinstance(value, str):

@@ -22,14 +22,48 @@ class Format:
     """A module of this package, imported when the format is used."""
     from_nothing: bool = False
     """INPUT is a word and not a file: the samples are made, or found elsewhere."""
+    beside: bool = False
+    """Its pictures lie beside the input when --images is not given."""
     given: Mapping[str, Any] | None = None
     """Options that make a general module this format."""
 
 
 FORMATS: dict[str, Format] = {
     "llava": Format("LLaVA JSON or JSONL: id, image, conversations[from, value], with <image> in the text", "llava"),
+    "messages": Format("OpenAI messages: role and content, text or parts with image_url; also bare lists", "messages"),
+    "sharegpt": Format("conversations[from, value] or [human, assistant], system, tools, images", "sharegpt"),
+    "trl": Format(
+        "TRL: messages, or prompt and completion, with images; pictures without a place come first",
+        "messages",
+        given={"marker": None, "unmarked": "first"},
+    ),
+    "llamafactory": Format("a folder with dataset_info.json; --set dataset=NAME", "llamafactory", beside=True),
+    "ms-swift": Format("ms-swift: messages or query and response, images, objects with boxes", "ms_swift"),
+    "xtuner": Format(
+        "xtuner: messages whose <IMG_CONTEXT> places the message's image_url parts",
+        "messages",
+        given={"marker": "<IMG_CONTEXT>", "marked": "part"},
+    ),
+    "qwen-vl": Format("Qwen-VL finetuning: LLaVA rows with data_path, or packed lists of them", "qwen_vl"),
     "alpaca": Format("instruction, input, output, and where present system, history", "alpaca"),
-    "easy-vqa": Format("the folder of the easy-VQA package: questions.json, answers.txt, images/", "easy_vqa"),
+    "dolly": Format("Dolly: instruction, context, response, category", "alpaca"),
+    "magicoder": Format("Magicoder: problem, solution", "alpaca"),
+    "evol": Format("Evol-Instruct: instruction, output or response", "alpaca"),
+    "oasst": Format("OpenAssistant trees, or flat messages with parent_id: the best path of each tree", "oasst"),
+    "prompt-target": Format(
+        "two fields: prompt and completion, inputs and targets, ... (--set prompt=, target=)", "prompt_target"
+    ),
+    "flan": Format("FLAN dumps: inputs, targets, task_name", "prompt_target"),
+    "p3": Format("P3: inputs_pretokenized, targets_pretokenized, is_correct", "prompt_target"),
+    "xp3": Format("xP3: inputs, targets, language", "prompt_target"),
+    "orca": Format("Orca: system_prompt, question, response", "prompt_target"),
+    "superni": Format("Super-NaturalInstructions task files: Definition, Instances", "superni"),
+    "lima": Format("LIMA: conversations[text, ...], the user's first", "turn_list"),
+    "ultrachat": Format("UltraChat: data[text, ...], the user's first", "turn_list"),
+    "delimited": Format("Baize, OIG, openassistant-guanaco: a chat in one text with turn marks", "delimited"),
+    "easy-vqa": Format(
+        "the folder of the easy-VQA package: questions.json, answers.txt, images/", "easy_vqa", beside=True
+    ),
     "synthetic": Format("made in code: `shapes` (questions) or `captions`", "synthetic", from_nothing=True),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.rows import Rejected, Row, each, fields, json_rows, table_rows, text_field
+from data_tools.rows import Rejected, Row, each, fields, records, text_field
 from data_tools.turns import Turn, said, sample_of, text_of
 from mmit.data.sample import Sample, SampleError
 
@@ -41,5 +41,4 @@ def samples(
         meta = {name: record[name] for name in ("id", "category", "lang") if record.get(name) is not None}
         return sample_of(messages, meta=meta, where=row.where, strip=strip)
 
-    rows = table_rows(path) if path.suffix in (".csv", ".tsv", ".parquet") else json_rows(path)
-    return each(rows, sample)
+    return each(records(path), sample)

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each, field, fields, json_rows
+from data_tools.rows import Rejected, Row, each, field, fields, records
 from data_tools.turns import (
     Markers,
     Turn,
-    conversation_of,
     names_of,
     pictures_first,
     place_pictures,
-    role_of,
     sample_of,
-    text_of,
+    valued_turns,
 )
 from mmit.data.sample import Sample, SampleError
 
@@ -43,13 +41,7 @@ def samples(
         record = fields(row)
         if record.get("video"):
             raise SampleError(f"{row.where}: the row shows a video; convert such rows with the format video")
-        turns = []
-        for number, turn in enumerate(conversation_of(field(row, "conversations", "conversation"), row.where)):
-            here = f"{row.where}: turn {number}"
-            if not isinstance(turn, dict):
-                raise SampleError(f"{here}: expected an object with from and value, found {str(turn)[:60]!r}")
-            role = role_of(turn.get("from", turn.get("role")), here)
-            turns.append((role, text_of(turn.get("value", turn.get("content")), here)))
+        turns = valued_turns(field(row, "conversations", "conversation"), row.where)
         names = names_of(record.get("image", record.get("images")), row.where)
         placed = place_pictures(turns, len(names), row.where, unmarked=unmarked, markers=markers)
         if image_first:
@@ -62,4 +54,4 @@ def samples(
             strip=strip,
         )
 
-    return each(json_rows(path), sample)
+    return each(records(path), sample)

@@ -161,7 +161,7 @@ def test_no_decode_leaves_damage_below_the_header_unseen(photos: Path, tmp_path:
     assert len(convert("llava", path, photos, tmp_path / "out", settings=settings)) == 5
 
 
-# Sources of a config -------------------------------------------------------------------------------------------------
+# Sources of a config --------------------------------------------------------------------------------------------------
 
 
 def test_a_source_is_converted_once_until_its_content_changes(
@@ -228,7 +228,7 @@ def test_synthetic_answers_are_true(tmp_path: Path) -> None:
         assert (answer == "yes") == (str(sample.meta["shape"]) in question)
 
 
-# Formats of one's own ---------------------------------------------------------------------------------------------------
+# Formats of one's own -------------------------------------------------------------------------------------------------
 
 
 def own_format(path: Path, images: Path | None = None, *, shout: bool = False) -> Iterator[Sample | Rejected]:

@@ -131,7 +131,7 @@ def test_no_picture_outside_the_folder_is_opened(run: Converter, photos: Path, n
     (photos / "out.png").symlink_to(secret)
     (photos / "out").symlink_to(secret.parent)
     name = str(secret) if name == "ABSOLUTE" else name
-    with pytest.raises(RejectedRows, match="outside the images folder|leads out of the images folder"):
+    with pytest.raises(RejectedRows, match=r"outside the images folder|leads out of the images folder"):
         run("llava", [row(human("<image>"), gpt("x"), image=name)], photos)
 
 

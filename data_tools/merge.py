@@ -1,0 +1,142 @@
+"""Shard sets -> one. Parts of one conversion give exactly the files that one run would have written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_tools.convert import CONVERSION, REJECTED, conversion
+from mmit.config import ConfigError
+from mmit.data.sample import SampleError
+from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard
+from mmit.data.shard_writer import shard_name, write_index
+from mmit.data.shards import ShardSet
+
+
+def merge(folders: Sequence[Path], out: Path) -> ShardSet:
+    """Joins shard sets by linking their tars (copying across disks); the sets given stay as they are.
+
+    Parts i/n of one conversion must all be there and come back in their order; other sets follow each other and their
+    shards are numbered anew.
+    """
+    if (out / INDEX).exists() or (out.exists() and any(path.name != UNFINISHED for path in out.iterdir())):
+        raise ConfigError(f"{out}: the folder is not empty; --out names a new one")
+    sets = [_Opened(folder) for folder in folders]
+    parts = [opened.part for opened in sets if opened.part is not None]
+    if parts and len(parts) < len(sets):
+        raise ConfigError("some of these folders are parts of a conversion and some are not; merge the parts first")
+    if parts:
+        _check_parts(sets)
+        shards = _in_order(sets)
+    else:
+        numbered = enumerate((opened, shard) for opened in sets for shard in opened.shards())
+        shards = ((opened, shard, shard_name(number)) for number, (opened, shard) in numbered)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / UNFINISHED).touch()
+    keys: set[str] = set()
+
+    def placed() -> Iterator[WrittenShard]:
+        for opened, shard, name in shards:
+            for row in shard.rows:
+                if row.key in keys:
+                    raise SampleError(
+                        f"{opened.folder}: the key {row.key} is already in another of these sets; convert "
+                        f"one of them again with another --source"
+                    )
+                keys.add(row.key)
+            _link(opened.folder / shard.entry.name, out / name)
+            entry = ShardEntry(name, shard.entry.bytes, shard.entry.sha256, shard.entry.samples)
+            yield WrittenShard(entry, shard.rows)
+
+    summary = _summary(sets)
+    rejected = sorted(line for opened in sets for line in opened.rejected())
+    if rejected:
+        (out / REJECTED).write_text("".join(line for _, line in rejected), encoding="utf-8")
+    (out / CONVERSION).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_index(out, placed())
+    (out / UNFINISHED).unlink()
+    return ShardSet(out)
+
+
+class _Opened:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names = [] if not (folder / INDEX).exists() else json.loads((folder / INDEX).read_text())["shards"]
+        if not (folder / INDEX).exists():
+            raise SampleError(f"{folder}: has no {INDEX}; it is no finished shard set, convert it first")
+        if self.names:
+            ShardSet(folder)  # checks sizes and versions
+        self.summary = conversion(folder)
+        part = self.summary["plan"]["part"] if self.summary is not None and "plan" in self.summary else None
+        self.part: tuple[int, int] | None = tuple(part) if part else None
+
+    def shards(self) -> Iterator[WrittenShard]:
+        """The shards with their rows, one in memory at a time."""
+        with pq.ParquetFile(self.folder / SAMPLES) as table:
+            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            for item in self.names:
+                entry = ShardEntry(item["name"], item["bytes"], item["sha256"], item["samples"])
+                yield WrittenShard(entry, tuple(_row(next(rows)) for _ in range(entry.samples)))
+
+    def rejected(self) -> Iterator[tuple[tuple[str, int], str]]:
+        path = self.folder / REJECTED
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+            record = json.loads(line)
+            yield (record["file"], record["row"]), line
+
+
+def _row(record: dict[str, Any]) -> SampleRow:
+    record = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    del record["shard"]
+    return SampleRow(**record)
+
+
+def _check_parts(sets: list[_Opened]) -> None:
+    plans = {json.dumps(opened.summary["plan"] | {"part": None}, sort_keys=True) for opened in sets if opened.summary}
+    if len(plans) > 1:
+        raise ConfigError("these parts are of different inputs or options; convert all parts with the same command")
+    count = {opened.part[1] for opened in sets if opened.part}
+    present = sorted(opened.part[0] for opened in sets if opened.part)
+    total = count.pop()
+    if count or present != list(range(1, total + 1)):
+        raise ConfigError(f"of {total} parts these are here: {', '.join(map(str, present))}; give each exactly once")
+
+
+def _in_order(sets: list[_Opened]) -> Iterator[tuple[_Opened, WrittenShard, str]]:
+    """The shards of all parts by their names, which are the rows they cover."""
+    readers = [(opened, opened.shards()) for opened in sets]
+    heads = [(opened, reader, shard) for opened, reader in readers if (shard := next(reader, None)) is not None]
+    while heads:
+        opened, reader, shard = min(heads, key=lambda head: head[2].entry.name)
+        yield opened, shard, shard.entry.name
+        heads = [head for head in heads if head[0] is not opened]
+        following = next(reader, None)
+        if following is not None:
+            heads.append((opened, reader, following))
+
+
+def _summary(sets: list[_Opened]) -> dict[str, Any]:
+    """One summary: of parts, the one a single run writes; of other sets, all of theirs."""
+    summaries = [opened.summary for opened in sets if opened.summary is not None]
+    counts = ("rows", "samples", "rejected", "without_pictures")
+    totals = {key: sum(summary[key] for summary in summaries) for key in counts}
+    lines = sorted(line for opened in sets for line in opened.rejected())
+    first = [json.loads(line)["reason"] for _, line in lines[:5]]
+    if any(opened.part for opened in sets):
+        return {"plan": summaries[0]["plan"] | {"part": None}, **totals, "first": first}
+    return {"plan": {"merged": [summary["plan"] for summary in summaries], "part": None}, **totals, "first": first}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        temporary = target.with_suffix(".tmp")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data_tools.convert import RejectedRows, Settings, convert
+from data_tools.merge import merge
+from mmit.config import ConfigError
+from mmit.data.sample import SampleError
+from mmit.data.shards import ShardSet, verify
+from tests.tools.test_convert import files, rows_with
+
+SMALL = Settings(rows_per_shard=7, on_bad="drop")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_merge_to_the_bytes_of_one_run(photos: Path, tmp_path: Path, parts: int) -> None:
+    path = rows_with(photos, 40, bad=(3, 30))
+    convert("llava", path, photos, tmp_path / "whole", settings=SMALL)
+    folders = []
+    for i in range(parts):
+        folders.append(tmp_path / f"part{i}")
+        convert("llava", path, photos, folders[-1], settings=SMALL, part=(i + 1, parts))
+    merge(list(reversed(folders)), tmp_path / "merged")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+    assert list(verify(tmp_path / "merged")) == []
+
+
+def test_more_parts_than_shards_still_merge(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 10)
+    convert("llava", path, photos, tmp_path / "whole", settings=SMALL)
+    folders = [tmp_path / f"part{i}" for i in range(4)]
+    for i, folder in enumerate(folders):
+        convert("llava", path, photos, folder, settings=SMALL, part=(i + 1, 4))
+    merge(folders, tmp_path / "merged")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+
+
+def test_a_missing_or_foreign_part_is_refused(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 20)
+    for i in (1, 2):
+        convert("llava", path, photos, tmp_path / f"p{i}", settings=SMALL, part=(i, 2))
+    other = Settings(rows_per_shard=5)
+    convert("llava", path, photos, tmp_path / "other", settings=other, part=(2, 2))
+    with pytest.raises(ConfigError, match="these are here: 1;"):
+        merge([tmp_path / "p1"], tmp_path / "m")
+    with pytest.raises(ConfigError, match="different inputs or options"):
+        merge([tmp_path / "p1", tmp_path / "other"], tmp_path / "m")
+
+
+def test_sets_of_different_origin_follow_each_other(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 10)
+    a = convert("llava", path, photos, tmp_path / "a", settings=Settings(source="a", rows_per_shard=7))
+    b = convert("llava", path, photos, tmp_path / "b", settings=Settings(source="b", rows_per_shard=7))
+    merged = merge([tmp_path / "b", tmp_path / "a"], tmp_path / "m")
+    assert [merged.read(n) for n in range(20)] == [b.read(n) for n in range(10)] + [a.read(n) for n in range(10)]
+    with pytest.raises(SampleError, match="--source"):
+        merge([tmp_path / "a", tmp_path / "a"], tmp_path / "n")
+
+
+def test_a_cut_or_changed_tar_is_always_found(photos: Path, tmp_path: Path) -> None:
+    convert("llava", rows_with(photos, 5), photos, tmp_path / "set")
+    tar = tmp_path / "set" / "shard-000000.tar"
+    whole = tar.read_bytes()
+    random.seed(0)
+    for _ in range(200):
+        end = random.randrange(len(whole))
+        tar.write_bytes(whole[:end])
+        with pytest.raises(SampleError, match=r"shard-000000\.tar"):
+            ShardSet(tmp_path / "set")
+        assert next(verify(tmp_path / "set"), None) is not None
+    for _ in range(20):
+        place = random.randrange(len(whole))
+        tar.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert next(verify(tmp_path / "set"), None) is not None
+
+
+def test_our_tars_are_ordinary(photos: Path, tmp_path: Path) -> None:
+    convert("llava", rows_with(photos, 3), photos, tmp_path / "set")
+    listed = subprocess.run(
+        ["tar", "tf", str(tmp_path / "set" / "shard-000000.tar")], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert listed == [f"rows-00000000{n}.{ending}" for n in range(3) for ending in ("json", "0.png")]
+
+
+def test_rejections_survive_merging(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 20, bad=(1, 8))
+    for i in (1, 2):
+        with pytest.raises(RejectedRows):
+            convert("llava", path, photos, tmp_path / f"p{i}", settings=Settings(rows_per_shard=7), part=(i, 2))
+    merge([tmp_path / "p1", tmp_path / "p2"], tmp_path / "m")
+    assert len((tmp_path / "m" / "rejected.jsonl").read_text().splitlines()) == 2
+    assert os.path.exists(tmp_path / "p1" / "rejected.jsonl"), "the parts stay"
