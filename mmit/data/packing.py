@@ -6,7 +6,7 @@ restarts lets none of them see another. Dealing changes no result: a step's loss
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -54,8 +54,11 @@ class Costs:
     attention: float = 0.0
     picture: float = 0.0
 
-    def of(self, load: Load) -> float:
-        return load.tokens + self.attention * load.tokens**2 + self.picture * len(set(load.pictures))
+    def of(self, row: Iterable[Load]) -> float:
+        """What the samples of a row cost together: a picture that several show is encoded once."""
+        loads = list(row)
+        pictures = {picture for load in loads for picture in load.pictures}
+        return sum(load.tokens + self.attention * load.tokens**2 for load in loads) + self.picture * len(pictures)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def deal(
     rows as hold everything. A sample longer than `row_tokens` gets a row of its own.
     """
     clusters = _clusters(loads, row_tokens, row_images)
-    clusters.sort(key=lambda cluster: (-sum(costs.of(loads[i]) for i in cluster), cluster))
+    clusters.sort(key=lambda cluster: (-costs.of(loads[i] for i in cluster), cluster))
     total = sum(load.tokens for load in loads)
     rows_each = max(1, -(-total // (row_tokens * ranks)))
     while True:
@@ -114,7 +117,7 @@ def deal(
         if rows is not None:
             break
         rows_each += 1
-    weight = [sum(costs.of(loads[i]) for i in row) for row in rows]
+    weight = [costs.of(loads[i] for i in row) for row in rows]
     heaviest_first = sorted(range(len(rows)), key=lambda r: (-weight[r], rows[r]))
     dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
     for number, row in enumerate(heaviest_first):
@@ -225,7 +228,7 @@ def _fill(
             return None
         best = min(room, key=lambda r: (weight[r], r))
         rows[best].extend(cluster)
-        weight[best] += sum(costs.of(loads[i]) for i in cluster)
+        weight[best] = costs.of(loads[i] for i in rows[best])
         tokens[best] += needed
         pictures[best] |= shown
     return rows
