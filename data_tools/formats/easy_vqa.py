@@ -1,7 +1,7 @@
 """easy-VQA: `questions.json` is a list of [question, answer, picture number], the pictures are `images/NUMBER.png`.
 
 The questions of a picture become one conversation, with the picture before the first. They are drawn and ordered by
-(seed, split, picture) alone, so limiting or reordering the file changes no conversation.
+(seed, picture) alone, so the rest of the file changes no conversation.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ def samples(
 ) -> Iterator[Sample | Rejected]:
     """The conversations of one split, in the order in which the file first names their pictures.
 
-    `path` is the folder of the set, of one split, or a `questions.json`. `open_questions` and `yes_no_questions` are
-    the most of each kind a picture is asked (None: all); a picture left without any has no sample. `joined=False` gives
-    every question its own sample, as an evaluation needs it: in a conversation, one question can tell another's answer.
+    `path` is the folder of the set, of which `split` is read, or of one split, or a `questions.json`. `open_questions`
+    and `yes_no_questions` are the most of each kind a picture is asked (None: all); a picture left without any has no
+    sample. `joined=False` gives every question its own sample, as an evaluation needs it: in a conversation, one
+    question can tell another's answer.
     """
     for name, value in {"open_questions": open_questions, "yes_no_questions": yes_no_questions}.items():
         if value is not None and value < 0:
@@ -60,7 +61,7 @@ def samples(
             shown = [ImagePart(0), TextPart(question.text)] if number == 0 else [TextPart(question.text)]
             messages += [("user", shown, None), ("assistant", [TextPart(question.answer)], None)]
         picture = asked[0].picture
-        meta = {"split": split, "picture": picture}
+        meta = {"picture": picture}
         return sample_of(messages, images=[album.picture(f"{picture}.png", row.where)], meta=meta, where=row.where)
 
     def rows() -> Iterator[Row | Rejected]:
@@ -75,7 +76,7 @@ def samples(
             except SampleError as error:
                 yield Rejected(row.file, row.number, row.name, str(error))
         for picture, questions in pictures.items():
-            chosen = _choose(questions, open_questions, yes_no_questions, f"{seed} {split} {picture}")
+            chosen = _choose(questions, open_questions, yes_no_questions, f"{seed} {picture}")
             for asked in [chosen] if joined and chosen else [[question] for question in chosen]:
                 yield row_at(file, min(question.row for question in asked), asked, lines=False)
 
