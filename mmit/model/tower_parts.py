@@ -49,6 +49,8 @@ class TowerParts:
     """(encoder, normalised pixels (N, 3, S, S)) -> all tokens (N, prefix + patches, D) of the last block."""
     pixels: Pixels
     layout: Layout
+    above: nn.Module | None
+    """The first block that is not run, None if there is none above: an export writes it, see `mmit.export.towers`."""
 
 
 def blocks_below(layer: int, depth: int) -> int:

@@ -54,9 +54,10 @@ def open_clip_tower(spec: Vision) -> TowerParts:
             f"model.vision.layer: {spec.layer} is the embeddings, which open_clip does not give out; "
             f"write 1 to {depth}, or negative, -1 being the last block"
         )
+    above = blocks[below] if below < depth else None
     trunk.prune_intermediate_layers([below - 1], prune_norm=False, prune_head=False)
     layout = Layout(patch=patch, dim=dim, prefix=prefix, has_cls=has_cls, blocks=below, depth=depth)
-    return TowerParts(visual, _open_clip_state, pixels, layout)
+    return TowerParts(visual, _open_clip_state, pixels, layout, above)
 
 
 def _open_clip_state(visual: Any, pixels: Tensor) -> Tensor:

@@ -76,28 +76,41 @@ FAMILIES = {
 
 def transformers_tower(spec: Vision) -> TowerParts:
     model_type, config = _transformers_config(spec)
-    if model_type not in FAMILIES:
-        raise ConfigError(
-            f"model.vision: {spec.name or 'random'} is of model_type {model_type!r}; "
-            f"transformers towers are {', '.join(FAMILIES)} (SigLIP 2 of fixed resolution is siglip)"
-        )
-    family = FAMILIES[model_type]
+    family = family_of(model_type, spec.name or "random")
     pixels = _transformers_pixels(spec, family, config)
     check_side(spec, config.patch_size)
-    blocks = blocks_below(spec.layer, config.num_hidden_layers)
-    depth = config.num_hidden_layers
+    blocks_below(spec.layer, config.num_hidden_layers)
     model = family.model(config) if spec.random is not None else _load_transformers(spec.name, family)
     _resize_positions(cast(Any, model), pixels.side)
-    model.config.num_hidden_layers = blocks
+    return cut_tower(model, family, pixels, spec.layer)
+
+
+def family_of(model_type: str, name: str) -> Family:
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"model.vision: {name} is of model_type {model_type!r}; "
+            f"transformers towers are {', '.join(FAMILIES)} (SigLIP 2 of fixed resolution is siglip)"
+        )
+    return FAMILIES[model_type]
+
+
+def cut_tower(model: Any, family: Family, pixels: Pixels, layer: int) -> TowerParts:
+    """The tower that gives hidden state `layer` of `model`, whose blocks above are taken off."""
+    config = model.config
+    depth = config.num_hidden_layers
+    blocks = blocks_below(layer, depth)
+    config.num_hidden_layers = blocks
     match model:
         case transformers.Dinov2Model() | transformers.Dinov2WithRegistersModel():
+            above = model.encoder.layer[blocks] if blocks < depth else None
             model.encoder.layer = model.encoder.layer[:blocks]
             # Without this, the saved configuration names a last stage that is gone, and cannot be loaded again.
-            model.config.stage_names = model.config.stage_names[: blocks + 1]
-            model.config.set_output_features_output_indices(out_features=None, out_indices=None)
-        case transformers.CLIPVisionModel() | transformers.SiglipVisionModel():
+            config.stage_names = config.stage_names[: blocks + 1]
+            config.set_output_features_output_indices(out_features=None, out_indices=None)
+        case _:
+            above = model.encoder.layers[blocks] if blocks < depth else None
             model.encoder.layers = model.encoder.layers[:blocks]
-    registers = model.config.num_register_tokens if family is _DINOV2_REGISTERS else 0
+    registers = config.num_register_tokens if family is _DINOV2_REGISTERS else 0
     layout = Layout(
         patch=config.patch_size,
         dim=config.hidden_size,
@@ -106,7 +119,7 @@ def transformers_tower(spec: Vision) -> TowerParts:
         blocks=blocks,
         depth=depth,
     )
-    return TowerParts(model, family.hidden_state, pixels, layout)
+    return TowerParts(model, family.hidden_state, pixels, layout, above)
 
 
 def _transformers_config(spec: Vision) -> tuple[str, Any]:

@@ -48,6 +48,7 @@ class VisionTower(nn.Module):
         self.hidden_state = parts.hidden_state
         self.pixels = pixels
         self.layout = layout
+        self.above = (parts.above,)  # in a tuple, so that it is no part of this module
         self.select: Select = select
         self.side, self.mean, self.std = pixels.side, pixels.mean, pixels.std
         self.interpolation: Literal["bicubic", "bilinear"] = pixels.interpolation
@@ -146,7 +147,7 @@ class CachedTower(VisionTower):
     def __init__(self, tower: VisionTower, store: FeatureStore) -> None:
         if not tower.frozen:
             raise ConfigError("model.vision.cache: true keeps features of a frozen tower only; write cache: false")
-        parts = TowerParts(tower.encoder, tower.hidden_state, tower.pixels, tower.layout)
+        parts = TowerParts(tower.encoder, tower.hidden_state, tower.pixels, tower.layout, *tower.above)
         super().__init__(parts, select=tower.select)
         self.train(tower.training)
         self.store = store
