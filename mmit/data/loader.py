@@ -7,6 +7,7 @@ for that), deals them to all ranks alike, and decodes the pictures of its own ra
 from __future__ import annotations
 
 import hashlib
+import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -245,10 +246,13 @@ def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 
         prefetch_factor=2 if workers else None,
         # Without its own generator, iter(DataLoader) would draw from the global one, and a resumed run would differ.
         generator=torch.Generator(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
     )
     return iter(loader)
 
 
-def _one_thread(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # A terminal and a scheduler signal the whole group; the process that trains saves first, then lets workers go.
+        signal.signal(number, signal.SIG_IGN)

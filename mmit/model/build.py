@@ -145,6 +145,8 @@ def restore(assembly: Assembly, tensors: Mapping[str, Tensor], where: str) -> No
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
+            if tensor.dtype == torch.float64:
+                parameters[name].data = parameters[name].data.double()
             parameters[name].copy_(tensor)
     assembly.changed |= set(tensors) - assembly.fresh
 
@@ -257,12 +259,13 @@ def from_hub(load: Any, key: str, name: str) -> Any:
         ) from None
 
 
-def attention_implementation(wanted: str) -> str:
+def attention_implementation(wanted: str) -> str | None:
+    """None leaves it to transformers: sdpa where the model has it, else eager."""
     if wanted != "auto":
         return wanted
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else None
 
 
 def _provenance(name: str, language_config: Any, cache: Path | None) -> dict[str, Any]:

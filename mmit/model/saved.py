@@ -48,7 +48,7 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
         add_lora(assembly, schema.Lora(**record["lora"]), seed=record["seed"])
     restore(assembly, read_tensors(folder / "model.safetensors"), str(folder))
     assembly.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    assembly.vlm.eval()
+    assembly.vlm.float().eval()
     vision = assembly.vlm.vision
     return Saved(
         assembly=assembly,

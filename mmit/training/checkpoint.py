@@ -114,7 +114,7 @@ def load(folder: Path) -> Checkpoint:
 
 def newest(checkpoints: Path, stage: str) -> Checkpoint | None:
     """The whole checkpoint of `stage` with the highest step; those that are not whole are named and passed over."""
-    for folder in reversed(_of_stage(checkpoints, stage)):
+    for _, folder in reversed(_of_stage(checkpoints, stage)):
         try:
             return load(folder)
         except CheckpointError as error:
@@ -126,19 +126,24 @@ def has_begun(checkpoints: Path, stage: str) -> bool:
     return bool(_of_stage(checkpoints, stage))
 
 
-def prune(checkpoints: Path, stage: str, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints of a stage, and folders that were never finished."""
-    for folder in _of_stage(checkpoints, stage)[:-keep]:
-        shutil.rmtree(folder)
+def prune(checkpoints: Path, stage: str, *, step: int, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints of a stage up to `step`, and folders that were never finished.
+
+    `step` was saved last: what is there of later steps was not whole when the stage went on, and must not count.
+    """
+    folders = _of_stage(checkpoints, stage)
+    kept = [number for number, _ in folders if number <= step][-keep:]
+    for number, folder in folders:
+        if number not in kept:
+            shutil.rmtree(folder)
     for folder in checkpoints.glob("*.tmp"):
         shutil.rmtree(folder)
 
 
-def _of_stage(checkpoints: Path, stage: str) -> list[Path]:
-    """By step, never by clock."""
+def _of_stage(checkpoints: Path, stage: str) -> list[tuple[int, Path]]:
+    """Steps and folders, by step and never by clock."""
     found = [(NAME.fullmatch(folder.name), folder) for folder in checkpoints.glob("*") if folder.is_dir()]
-    mine = [(int(match["step"]), folder) for match, folder in found if match and match["stage"] == stage]
-    return [folder for _, folder in sorted(mine)]
+    return sorted((int(match["step"]), folder) for match, folder in found if match and match["stage"] == stage)
 
 
 def _flushed_sha256(file: Path) -> str:

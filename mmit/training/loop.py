@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mmit.config import Config, ConfigError, Stage
@@ -44,14 +45,23 @@ def train(config: Config, *, asked: str) -> Path:
     accelerator = _accelerator(config)
     with run.locked(), stop.listening():
         run.begin(asked)
-        for number, stage in enumerate(config.stages):
+        for number in range(_stage_to_go_on_with(config, run), len(config.stages)):
             if stop.set:
-                raise Interrupted(f"stopped before stage {stage.name}; the same command goes on from there")
-            done = run.newest(stage.name)
-            if done is None or not done.finished:
-                _train_stage(config, number, run, accelerator, stop)
+                name = config.stages[number].name
+                raise Interrupted(f"stopped before stage {name}; the same command goes on from there")
+            _train_stage(config, number, run, accelerator, stop)
+            accelerator.free_memory()  # it keeps every model it prepared: the next stage would train beside this one
         state.finish(config, run)
     return run.final
+
+
+def _stage_to_go_on_with(config: Config, run: RunDirectory) -> int:
+    """The first stage that is not finished. One that a later stage has gone on from is, whatever became of its files."""
+    for number in reversed(range(len(config.stages))):
+        found = run.newest(config.stages[number].name)
+        if found is not None:
+            return number + found.finished
+    return 0
 
 
 def _train_stage(config: Config, number: int, run: RunDirectory, accelerator: Accelerator, stop: StopFlag) -> None:
@@ -122,8 +132,9 @@ def _forward_backward(config: Config, model: nn.Module, step: Step, accelerator:
         torch.manual_seed(_dropout_seed(config.seed, step.number, accelerator.process_index, micro_step))
         with accelerator.autocast():
             losses = model(row)
-        # Every rank's gradient is averaged over ranks; the loss is a sum over the step's tokens on all of them.
-        accelerator.backward(losses.sum() * (accelerator.num_processes / max(supervised, 1)))
+        if losses.requires_grad:  # not in a row without pictures where the projector alone is trained
+            # Every rank's gradient is averaged over ranks; the loss is a sum over the step's tokens on all of them.
+            accelerator.backward(losses.sum() * (accelerator.num_processes / max(supervised, 1)))
         _add_by_source(sums, losses, row)
     return accelerator.reduce(sums)
 
@@ -227,6 +238,8 @@ def _accelerator(config: Config) -> Accelerator:
     """Device, autocast and backward; loaders and schedules stay ours (accelerate would shard and step them anew)."""
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda and torch.cuda.is_bf16_supported())
+    # accelerate keeps the precision of the process's first run for good, and refuses another.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=not on_cuda, mixed_precision="bf16" if bf16 else "no")
 
 

@@ -30,7 +30,24 @@ def build_optimizer(assembly: Assembly, stage: Stage) -> torch.optim.AdamW:
                 groups.append(
                     {"params": parameters, "name": name, "peak": settings.lr, "lr": 0.0, "weight_decay": decay}
                 )
-    return torch.optim.AdamW(groups, lr=0.0, betas=stage.betas, fused=_all_on_cuda(groups))
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=stage.betas, fused=_all_on_cuda(groups))
+    _begin(optimizer)
+    return optimizer
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter its moments at step 0.
+
+    torch makes them at a parameter's first gradient, and cannot load the state of an optimizer that was saved before
+    every parameter had one (a projector that has met text alone). The rates are still 0: no parameter moves.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
 
 
 def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int, total: int) -> float:

@@ -69,8 +69,9 @@ class RunDirectory:
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # Of this process alone: flock would pass to the loader's workers, which outlive a SIGKILL by seconds.
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 holder = os.read(descriptor, 200).decode() or "another process"
                 raise ConfigError(
                     f"output: {self.folder} is in use by {holder}; wait for it, stop it, or name another folder"
@@ -103,6 +104,7 @@ class RunDirectory:
         if not begun:
             return
         found = list(_differences(before, now, FREE_TO_CHANGE, ""))
+        found += _differences(_holdout(before), _holdout(now), set(), "eval.holdout.")  # decides what is trained on
         for place, name in enumerate(begun):
             if place >= len(names) or names[place] != name:
                 found.append(f"stages: {name!r} has begun and was stage {place + 1}, now {names}")
@@ -114,6 +116,10 @@ class RunDirectory:
                 + "\n  ".join(found)
                 + "\nset them back to go on with it, or name another output"
             )
+
+
+def _holdout(tree: Mapping[str, Any]) -> Any:
+    return (tree.get("eval") or {}).get("holdout")
 
 
 def _differences(before: Any, now: Any, free: set[str], path: str) -> Iterator[str]:

@@ -102,7 +102,7 @@ def save(
         },
         add_files=lambda folder: add_model_files(folder, assembly),
     )
-    checkpoint.prune(run.checkpoints, stage.name, 1 if finished else config.save.keep)
+    checkpoint.prune(run.checkpoints, stage.name, step=done, keep=1 if finished else config.save.keep)
 
 
 def finish(config: Config, run: RunDirectory) -> None:
