@@ -12,6 +12,8 @@ from mmit.data.packing import Example, Row, pack
 from mmit.model.vlm import VLM
 
 LENGTHS = (13, 9, 17)
+LARGE = 40.0
+"""Spread of the logits in `probe_head`: beyond every cap in use (Gemma 2 caps at 30, others higher but softly)."""
 
 
 @torch.no_grad()
@@ -22,9 +24,17 @@ def probe_isolation(vlm: VLM, device: torch.device) -> None:
     others = [_random_ids(vlm, length, generator) for length in LENGTHS]
     begin, end = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
     was_training = _pause(vlm)
-    kept = _states(vlm, [ids[0], ids[1], ids[2]], device)[begin:end]
-    beside_others = _states(vlm, [others[0], ids[1], others[2]], device)[begin:end]
-    _resume(was_training)
+    try:
+        kept = _states(vlm, [ids[0], ids[1], ids[2]], device)[begin:end]
+        beside_others = _states(vlm, [others[0], ids[1], others[2]], device)[begin:end]
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model.language: {type(vlm.language).__name__} refuses a row of several conversations ({reason}); "
+            f"do what that says, or name another model"
+        ) from error
+    finally:
+        _resume(was_training)
     if not torch.equal(kept, beside_others):
         difference = float((kept.float() - beside_others.float()).abs().max())
         kind = type(vlm.language).__name__
@@ -37,18 +47,25 @@ def probe_isolation(vlm: VLM, device: torch.device) -> None:
 
 @torch.no_grad()
 def probe_head(vlm: VLM, device: torch.device) -> bool:
-    """Whether our head in pieces gives the model's own losses: false for models that cap or scale their logits."""
+    """Whether our head in pieces gives the model's own losses: false for models that cap or scale their logits.
+
+    Logits are made large for it: those of a model that has not learned yet are too small for a cap to show.
+    """
     generator = torch.Generator().manual_seed(0)
     row = _row([_random_ids(vlm, length, generator) for length in LENGTHS], learned=True).to(device)
     was_training = _pause(vlm)
     chunk, vlm.chunk = vlm.chunk, None
-    own = vlm(row)
-    embeds = vlm.embed(row)
     head = vlm.language.get_output_embeddings()
     equal = False
     if head is not None:
-        logits = head(vlm.hidden(row, embeds)[0, row.predicts])
-        ours = functional.cross_entropy(logits.to(own.dtype), row.targets, reduction="none")
+        states = vlm.hidden(row, vlm.embed(row))[0, row.predicts]
+        scale = LARGE / float(head(states).float().std())
+        hook = head.register_forward_hook(lambda _module, _inputs, logits: logits * scale)
+        try:
+            own = vlm(row)
+            ours = functional.cross_entropy(head(states).to(own.dtype), row.targets, reduction="none")
+        finally:
+            hook.remove()
         equal = bool(torch.allclose(own, ours, rtol=1e-5, atol=1e-5))
     vlm.chunk = chunk
     _resume(was_training)

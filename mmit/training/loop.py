@@ -56,7 +56,7 @@ def train(config: Config, *, asked: str) -> Path:
 
 
 def _stage_to_go_on_with(config: Config, run: RunDirectory) -> int:
-    """The first stage that is not finished. One that a later stage has gone on from is, whatever became of its files."""
+    """The first stage that is not finished; whatever became of its files, one that a later stage went on from is."""
     for number in reversed(range(len(config.stages))):
         found = run.newest(config.stages[number].name)
         if found is not None:

@@ -46,7 +46,13 @@ def test_a_flipped_byte_in_any_file_is_refused_by_name_and_the_one_before_is_use
     spare = tmp_path.parent / "spare"
     shutil.copytree(whole, spare)
     files = sorted(str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file())
-    assert files == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer/tokenizer.json"]
+    assert files == [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "tokenizer/tokenizer.json",
+    ]
     for name in files:
         original = (whole / name).read_bytes()
         for place in (0, len(original) // 2, len(original) - 1):

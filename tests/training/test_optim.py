@@ -34,7 +34,9 @@ def test_cosine_values_worked_out_by_hand() -> None:
 
 
 def test_linear_values_worked_out_by_hand() -> None:
-    assert [rate(step, 5, "linear", warmup=0.0, final=0.5) for step in range(5)] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
+    assert [rate(step, 5, "linear", warmup=0.0, final=0.5) for step in range(5)] == pytest.approx(
+        [1, 0.9, 0.8, 0.7, 0.6]
+    )
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup"])

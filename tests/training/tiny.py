@@ -17,8 +17,11 @@ import yaml
 import mmit.training.loop  # noqa: F401 (for the forks)
 from mmit.cli import main
 from mmit.config import Config, dump_config, parse_config
+from mmit.data.packing import Example, Row, pack
 from mmit.data.sample import ImagePart, Sample, message
 from mmit.data.shards import ShardSet, write_shards
+from mmit.model.build import Assembly, add_lora, assemble, set_trained
+from mmit.training.data import StageData, open_stage
 from tests.data.pictures import picture
 
 torch.set_num_threads(1)
@@ -93,9 +96,11 @@ def stage(name: str, data: Path | Sequence[Path], train: dict[str, Any], **chang
 
 
 def config(output: Path, *stages: dict[str, Any], vision: dict[str, Any] | None = CLIP, **changes: Any) -> Config:
-    model: dict[str, Any] = {"language": {"random": dict(changes.pop("language", LANGUAGE))}, "vision": None}
+    language = changes.pop("language", LANGUAGE)
+    model: dict[str, Any] = {"language": {"random": language} if isinstance(language, dict) else language}
+    model |= {"vision": None, "attention": changes.pop("attention", "auto")}
     if vision is not None:
-        model["vision"] = {"library": "transformers", "random": vision}
+        model["vision"] = vision if "library" in vision else {"library": "transformers", "random": vision}
         model["projector"] = {"kind": "mlp", "depth": 2}
     tree: dict[str, Any] = {
         "output": str(output),
@@ -179,3 +184,72 @@ def altered(wanted: Config, output: Path, **changes: Any) -> Config:
 
 def said(wanted: Config) -> str:
     return Path(wanted.output).with_suffix(".log").read_text(encoding="utf-8")
+
+
+# Without a run --------------------------------------------------------------------------------------------------------
+
+
+def assembled(wanted: Config, *, number: int = 0, dtype: torch.dtype = torch.float64) -> Assembly:
+    """The model as stage `number` trains it, in evaluation mode."""
+    assembly = assemble(wanted.model, seed=wanted.seed)
+    language = wanted.stages[number].train.language
+    if language is not None and language.lora is not None:
+        add_lora(assembly, language.lora, seed=0)
+    set_trained(assembly, wanted.stages[number].train, trained_dtype=dtype, frozen_dtype=dtype)
+    assembly.vlm.eval()
+    return assembly
+
+
+def opened(wanted: Config, assembly: Assembly, *, number: int = 0, rank: int = 0, ranks: int = 1) -> StageData:
+    cache = Path(str(wanted.cache))
+    return open_stage(wanted, wanted.stages[number], assembly, cache=cache, on_cuda=False, rank=rank, ranks=ranks)
+
+
+def alone(found: StageData) -> list[Row]:
+    """Every sample of the first source as a row of its own."""
+    encoder = found.training.encoders[0]
+    rows = []
+    for index in range(len(encoder.shards)):
+        outcome = encoder.example(index)
+        assert not isinstance(outcome, str)
+        rows.append(row_of([outcome[0]], dict(encoder.pixels(index))))
+    return rows
+
+
+def together(found: StageData, indices: Sequence[int]) -> Row:
+    """Those samples of the first source in one row."""
+    encoder = found.training.encoders[0]
+    examples, pixels = [], {}
+    for index in indices:
+        outcome = encoder.example(index)
+        assert not isinstance(outcome, str)
+        examples.append(outcome[0])
+        pixels |= dict(encoder.pixels(index))
+    return row_of(examples, pixels)
+
+
+def row_of(examples: Sequence[Example], pixels: dict[bytes, torch.Tensor], *, touch_vision: bool = False) -> Row:
+    return pack(examples, list(pixels.values()), list(pixels), touch_vision=touch_vision)
+
+
+def gradients(assembly: Assembly, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Of the summed losses of `rows`; zeros where there is none."""
+    assembly.vlm.zero_grad(set_to_none=True)
+    for row in rows:
+        losses = assembly.vlm(row)
+        if losses.requires_grad:
+            losses.sum().backward()
+    trained = {name: p for name, p in assembly.vlm.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    """Each tensor within `relative` of the other's largest entry (of a thousandth of the largest of all, for those that
+    are zero but for rounding: a key's bias cancels in a softmax)."""
+    assert found.keys() == expected.keys()
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    assert largest > 0
+    for name, tensor in expected.items():
+        size = max(float(tensor.abs().max()), 1e-3 * largest)
+        difference = float((found[name] - tensor).abs().max()) / size
+        assert difference <= relative, f"{name}: {difference:.1e}"
