@@ -7,6 +7,7 @@ Everything is built and merged in fp32; `set_trained` then gives frozen parts th
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from mmit import config as schema
 from mmit.config import ConfigError
@@ -249,6 +251,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def from_hub(load: Any, key: str, name: str) -> Any:
     """What `load()` gives; ConfigError if the files of `name` cannot be had or would run code of their own."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # in a log, a bar is a line of its own for every tensor
     try:
         return load()
     except (OSError, ValueError, ImportError) as error:
