@@ -53,6 +53,8 @@ class Album:
     def picture(self, name: Any, where: str, *, window: tuple[float, float] | None = None) -> Unread:
         """The picture a row calls `name`: a path below the folder, a `data:` URL, bytes, or {bytes, path} as `datasets`
         stores it."""
+        if isinstance(name, Unread):
+            return name
         if isinstance(name, bytes):
             return unread(name, where, window=window)
         if isinstance(name, dict):

@@ -41,6 +41,13 @@ def convert(
     from data_tools.convert import Settings, conversion
     from data_tools.convert import convert as convert_input
 
+    if format == "auto":
+        from data_tools.detect import detect, first_rows
+
+        format = detect(input)
+        print(f"{input} reads as {format}. Its first rows:")
+        for line in first_rows(format, input, images, _options(set or [])):
+            print(line)
     settings = Settings(
         source=source,
         on_missing=on_missing,  # type: ignore[arg-type]
@@ -98,6 +105,21 @@ def show(
         chat=chat,
         image_tokens=image_tokens,
     )
+
+
+@app.command()
+def detect(
+    input: Annotated[Path, typer.Argument(help="File or folder.")],
+    images: Annotated[Path | None, typer.Option(help="Folder below which all pictures lie.")] = None,
+) -> None:
+    """Tell the format of an input and show its first three rows as they are read."""
+    from data_tools.detect import detect as detect_format
+    from data_tools.detect import first_rows
+
+    format = detect_format(input)
+    print(f"{input} reads as {format}:")
+    for line in first_rows(format, input, images, {}):
+        print(line)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from mmit.config import ConfigError
 from mmit.data.sample import BoxPart, ImagePart, Message, Part, Picture, Role, Sample, SampleError, TextPart
 
 ROLES: dict[str, Role] = {
@@ -243,3 +244,40 @@ def box(image: int, left: float, top: float, right: float, bottom: float, where:
     if not (left <= right and top <= bottom):
         raise SampleError(f"{where}: the box [{left}, {top}, {right}, {bottom}] has its corners swapped")
     return BoxPart(image, left, top, right, bottom)
+
+
+def asked_about(
+    pictures: Sequence[Picture],
+    pairs: Sequence[tuple[str | Sequence[Part], str | Sequence[Part]]],
+    *,
+    where: str,
+    strip: bool = True,
+    prompt: str = "{question}",
+    meta: dict[str, Any] | None = None,
+) -> Sample:
+    """Questions about pictures and their answers as one conversation, the pictures before the first question.
+
+    `prompt` is what is asked, with `{question}` in it; sets with short answers are best asked for short answers.
+    """
+    if "{question}" not in prompt:
+        raise ConfigError(f"prompt {prompt!r} has no {{question}}; write for example '{{question}} Answer in a word.'")
+    turns = []
+    for number, (question, answer) in enumerate(pairs):
+        shown: list[Part] = [ImagePart(index) for index in range(len(pictures))] if number == 0 else []
+        shown += [TextPart("\n")] if shown else []
+        if isinstance(question, str):
+            shown.append(TextPart(prompt.replace("{question}", question)))
+        else:
+            before, after = prompt.split("{question}", 1)
+            shown += [TextPart(before), *question, TextPart(after)]
+        answered = [TextPart(answer)] if isinstance(answer, str) else answer
+        turns += [Turn("user", shown), Turn("assistant", answered)]
+    return sample_of(turns, images=pictures, meta=meta, where=where, strip=strip)
+
+
+def most_common(answers: Sequence[Any], where: str) -> str:
+    """The answer given most often, of several the first given; VQA sets hold ten people's."""
+    texts = [text_of(answer["answer"] if isinstance(answer, dict) else answer, where) for answer in answers]
+    if not texts:
+        raise SampleError(f"{where}: the list of answers is empty")
+    return max(texts, key=texts.count)

@@ -8,7 +8,7 @@ place; then the row's `images` are used in order. Which texts hold markers is an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,22 +39,36 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = {"messages": row.record} if isinstance(row.record, list) else fields(row)
-        names = names_of(record.get("images", record.get("image")), row.where)
-        reader = _Reader(album, row.where, names, marker, marked)
-        turns = [reader.turn(item, number) for number, item in enumerate(_messages(record, row.where))]
-        turns = _system_first(record, turns, row.where)
-        if reader.used < len(names):
-            if reader.used or unmarked == "error":
-                raise SampleError(
-                    f"{row.where}: {len(names)} pictures but {reader.used} places for them; write one place (an image "
-                    f"part{f' or {marker}' if marker else ''}) for each, or set unmarked=first to put them before the "
-                    f"first user turn"
-                )
-            turns = _first_user(turns, reader.pictures_of(names), row.where)
+        turns, pictures = parts_of_row(record, row.where, album, marker=marker, marked=marked, unmarked=unmarked)
         meta = {key: record[key] for key in ("id", "source", "channel") if isinstance(record.get(key), str | int)}
-        return sample_of(turns, images=reader.pictures, meta=meta, where=row.where, strip=strip)
+        return sample_of(turns, images=pictures, meta=meta, where=row.where, strip=strip)
 
     return each(records(path), sample)
+
+
+def parts_of_row(
+    record: Mapping[str, Any],
+    where: str,
+    album: Album,
+    *,
+    marker: str | None = "<image>",
+    marked: Literal["row", "part"] = "row",
+    unmarked: Literal["error", "first"] = "error",
+) -> tuple[list[Turn], list[Picture]]:
+    """The turns of a row with its pictures in the order of their places."""
+    names = names_of(record.get("images", record.get("image")), where)
+    reader = _Reader(album, where, names, marker, marked)
+    turns = [reader.turn(item, number) for number, item in enumerate(_messages(record, where))]
+    turns = _system_first(record, turns, where)
+    if reader.used < len(names):
+        if reader.used or unmarked == "error":
+            raise SampleError(
+                f"{where}: {len(names)} pictures but {reader.used} places for them; write one place (an image part"
+                f"{f' or {marker}' if marker else ''}) for each, or set unmarked=first to put them before the first "
+                f"user turn"
+            )
+        turns = _first_user(turns, reader.pictures_of(names), where)
+    return turns, reader.pictures
 
 
 def _messages(record: Any, where: str) -> list[Any]:

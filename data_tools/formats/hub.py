@@ -1,0 +1,49 @@
+"""A data set of the Hugging Face hub by its name, through the `datasets` library (pip install datasets).
+
+INPUT is the name (`HuggingFaceM4/the_cauldron`). Its rows are written once as parquet into a temporary folder and read
+by the format that `layout` names; without one, the columns decide. `revision` should be a commit: then the same command
+gives the same shards next year.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.rows import Rejected
+from mmit.config import ConfigError
+from mmit.data.sample import Sample
+
+
+def samples(
+    path: Path,
+    images: Path | None = None,
+    *,
+    layout: str = "",
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    options: str = "{}",
+) -> Iterator[Sample | Rejected]:
+    """`layout`: the format of the rows. `options`: that format's options as JSON."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("format hub needs the datasets library: pip install datasets") from None
+    try:
+        data: Any = datasets.load_dataset(str(path), config, split=split, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"hub: {path} cannot be loaded ({str(error).splitlines()[0]})") from None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, feature in data.features.items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(name, datasets.Image(decode=False))
+        file = Path(folder) / f"{Path(path).name}.parquet"
+        data.to_parquet(str(file))
+        from data_tools.detect import detect
+        from data_tools.formats import samples_of
+
+        yield from samples_of(layout or detect(file), file, images, json.loads(options))
