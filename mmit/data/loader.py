@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -48,7 +48,8 @@ class Step:
     number: int
     rows: tuple[Row, ...]
     samples: int
-    """Samples of the step over all ranks; also `tokens`, `pictures` and `holes`."""
+    """Samples of the step over all ranks; also `tokens`, `pictures` and `holes`. But for pictures that cannot be
+    decoded: only the rank that decodes them knows, and tells of its own."""
     tokens: int
     pictures: int
     holes: tuple[Hole, ...]
@@ -79,7 +80,10 @@ class Rendering:
         if sample.images and self.fit is None:
             raise SampleError(f"{where}: the sample shows {len(sample.images)} pictures, but model.vision is null")
         tokens = [self.image_tokens] * len(sample.images)
-        return self.chat.render(sample, tokens, boxes=lambda part: self._box(part, sample.images))
+        try:
+            return self.chat.render(sample, tokens, boxes=lambda part: self._box(part, sample.images))
+        except SampleError as error:  # the chat knows the sample, not the shard that holds it
+            raise SampleError(f"{where}: {str(error).removeprefix(f'{sample.source}:{sample.key}: ')}") from None
 
     def identity(self, picture: Picture) -> bytes:
         """What names a fitted picture: equal for equal pixels, so that a row encodes it once, and a cache once ever."""
@@ -114,16 +118,15 @@ class Encoder:
                 cache.put(key, record)
         return self._unpack(record, index)
 
-    def pixels(self, index: int) -> Iterator[tuple[bytes, Tensor]]:
-        """The pictures of sample `index`, each with its identity: `(3, side, side)` uint8."""
+    def pixels(self, index: int, wanted: Set[bytes] | None = None) -> Iterator[tuple[bytes, Tensor]]:
+        """The `wanted` pictures of sample `index` (None: all), each with its identity: `(3, side, side)` uint8."""
         assert self.rendering.fit is not None
         where = self.shards.where(index)
         for picture in self.shards.read(index).images:
             assert picture.data is not None
-            yield (
-                self.rendering.identity(picture),
-                self.rendering.fit.apply(decode(picture.data, where, window=picture.window)),
-            )
+            identity = self.rendering.identity(picture)
+            if wanted is None or identity in wanted:
+                yield identity, self.rendering.fit.apply(decode(picture.data, where, window=picture.window))
 
     def _render(self, index: int) -> bytes:
         where = self.shards.where(index)
@@ -171,44 +174,54 @@ class Steps(Dataset[Step]):
     def __getitem__(self, number: int) -> Step:
         occurrences = self.order.step(number)
         ready: list[tuple[Occurrence, Example]] = []
-        holes, cut_samples = [], 0
+        was_cut: list[bool] = []
+        holes: list[Hole] = []
+        lost: set[int] = set()
         for occurrence in occurrences:
             outcome = self._guard(occurrence, lambda encoder, index: encoder.example(index))
             if isinstance(outcome, Hole):
                 holes.append(outcome)
             elif isinstance(outcome, str):
-                where = self.encoders[occurrence.source].shards.where(occurrence.index)
-                holes.append(Hole(where, occurrence.source, "long", outcome))
+                encoder = self.encoders[occurrence.source]
+                holes.append(Hole(encoder.shards.where(occurrence.index), encoder.source, "long", outcome))
             else:
                 ready.append((occurrence, outcome[0]))
-                cut_samples += outcome[1]
+                was_cut.append(outcome[1])
         loads = [Load(len(example.ids), tuple(_shown(example))) for _, example in ready]
         dealt = deal(loads, self.ranks, row_tokens=self.row_tokens, row_images=self.row_images, costs=self.costs)
         rows = []
         for micro_step, row in enumerate(dealt[self.rank]):
             others = (i for rank in dealt for i in rank[micro_step])
-            packed, bad = self._row([ready[i] for i in row], touch_vision=any(loads[i].pictures for i in others))
+            touch_vision = any(loads[i].pictures for i in others)
+            packed, faults = self._row([ready[i] for i in row], touch_vision=touch_vision)
             rows.append(packed)
-            holes.extend(bad)
+            holes.extend(faults.values())
+            lost.update(row[place] for place in faults)
+        taken = [i for i in range(len(ready)) if i not in lost]
         return Step(
             number=number,
             rows=tuple(rows),
-            samples=len(ready),
-            tokens=sum(load.tokens for load in loads),
-            pictures=sum(len(load.pictures) for load in loads),
+            samples=len(taken),
+            tokens=sum(loads[i].tokens for i in taken),
+            pictures=sum(len(loads[i].pictures) for i in taken),
             holes=tuple(holes),
-            cut=cut_samples,
-            unlabelled=sum(example.supervised == 0 for _, example in ready),
+            cut=sum(was_cut[i] for i in taken),
+            unlabelled=sum(ready[i][1].supervised == 0 for i in taken),
         )
 
-    def _row(self, members: Sequence[tuple[Occurrence, Example]], *, touch_vision: bool) -> tuple[Row, list[Hole]]:
+    def _row(self, members: Sequence[tuple[Occurrence, Example]], *, touch_vision: bool) -> tuple[Row, dict[int, Hole]]:
+        """The row of those members whose pictures can be read, and the holes of the others by their place."""
         pixels: dict[bytes, Tensor] = {}
-        examples, holes = [], []
-        for occurrence, example in members:
-            if not set(_shown(example)) <= pixels.keys():
-                found = self._guard(occurrence, lambda encoder, index: dict(encoder.pixels(index)))
+        examples, holes = [], {}
+        for place, (occurrence, example) in enumerate(members):
+            shown = set(_shown(example))
+            if shown:
+                # Read, and so checked, even if another sample of the row shows the same: a damaged copy is a hole in
+                # every layout or in none.
+                missing = shown - pixels.keys()
+                found = self._guard(occurrence, lambda encoder, i, new=missing: dict(encoder.pixels(i, new)))
                 if isinstance(found, Hole):
-                    holes.append(found)
+                    holes[place] = found
                     continue
                 pixels.update(found)
             examples.append(example)
@@ -228,7 +241,7 @@ class Steps(Dataset[Step]):
         except SampleError as error:
             if self.on_bad_sample == "raise":
                 raise
-            return Hole(encoder.shards.where(occurrence.index), occurrence.source, "bad", str(error))
+            return Hole(encoder.shards.where(occurrence.index), encoder.source, "bad", str(error))
 
 
 def _shown(example: Example) -> list[bytes]:
@@ -238,7 +251,7 @@ def _shown(example: Example) -> list[bytes]:
 def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120) -> Iterator[Step]:
     """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one)."""
     loader = DataLoader(
-        steps,
+        _Told(steps),
         sampler=range(start, stop),
         batch_size=None,
         num_workers=workers,
@@ -248,7 +261,23 @@ def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 
         generator=torch.Generator(),
         worker_init_fn=_prepare_worker,
     )
-    return iter(loader)
+    for step in loader:
+        if isinstance(step, SampleError):
+            raise step
+        yield step
+
+
+@dataclass(frozen=True, eq=False)
+class _Told(Dataset[Step | SampleError]):
+    """The steps, a fault given instead of raised: torch would put a worker's traceback into its message."""
+
+    steps: Steps
+
+    def __getitem__(self, number: int) -> Step | SampleError:
+        try:
+            return self.steps[number]
+        except SampleError as error:
+            return error
 
 
 def _prepare_worker(_worker: int) -> None:
