@@ -192,12 +192,12 @@ class Model:
         )
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
-            processors.append(TemperatureLogitsWarper(sampling.temperature))
+            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(sampling.top_p))
+                processors.append(TopPLogitsWarper(float(sampling.top_p)))
             processors.append(Draw([_seed(sampling.seed, first + number) for number in range(len(asked))]))
         criteria = StoppingCriteriaList([StopText(self.chat)] if self.chat.stop_text else [])
-        # positions are counted by `generate` itself, from the mask; passing ids too would hide the pictures
+        # `generate` counts the positions from the mask. It takes no ids, so what it returns is new tokens only.
         new = cast(Any, self.vlm.language).generate(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -205,7 +205,7 @@ class Model:
             logits_processor=processors,
             stopping_criteria=criteria,
         )
-        return [_ended(ids, stops) for ids in new.tolist()]
+        return [_ended(ids, self.chat) for ids in new.tolist()]
 
     def _embeds(self, asked: Sequence[Conversation], prompts: Sequence[Rendered]) -> Tensor:
         """The prompts' embeddings (1, sum of lengths, H), one after the other; each picture is encoded once."""
@@ -259,9 +259,11 @@ class StopText(StoppingCriteria):
     def __call__(
         self, input_ids: torch.LongTensor, scores: tuple[Tensor] | None = None, **kwargs: Any
     ) -> torch.BoolTensor:
-        tails = input_ids[:, -self.window :].tolist()
-        ended = [self.chat.stop_text in self.chat.text.decode(tail) for tail in tails]
+        ended = [self.ends(ids) for ids in input_ids[:, -self.window :].tolist()]
         return cast(torch.BoolTensor, torch.tensor(ended, device=input_ids.device))
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        return self.chat.stop_text in self.chat.text.decode(ids[-self.window :])
 
 
 def _padded_left(embeds: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -278,9 +280,15 @@ def _padded_left(embeds: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor
     return padded, mask
 
 
-def _ended(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Up to and with the first stop id; what follows fills the batch."""
-    return next((ids[: place + 1] for place, number in enumerate(ids) if number in stops), ids)
+def _ended(ids: list[int], chat: Chat) -> list[int]:
+    """Up to and with the stop marker; what follows fills the batch."""
+    text = StopText(chat)
+    ends = (
+        place
+        for place, number in enumerate(ids, 1)
+        if number in chat.stop_ids or (chat.stop_text and text.ends(ids[:place]))
+    )
+    return ids[: next(ends, len(ids))]
 
 
 def _seed(seed: int, number: int) -> int:
