@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Multimodal instruction tuning: a vision encoder, a projector and a causal LLM, trained exactly and resumably.",
+    help="Multimodal instruction tuning: a vision encoder, a projector and a causal LLM, trained exactly.",
 )
 
 Run = Annotated[Path, typer.Argument(help="A run directory, or its final/ folder.")]
@@ -116,8 +116,54 @@ def generate(
     typer.echo(f"{out}: {done} answers" + (f", {before} of them from before" if before else ""), err=True)
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for parts, shards, the run and the pictures.")] = Path(
+        "mmit-demo"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Watch a small real model learn to see: 10 minutes on two cores, no account, no GPU."""
+    from mmit.demo import demo
+
+    demo(out, overrides or ())
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="The folder to write; it appears whole and verified, or not at all.")],
+    format: Annotated[str, typer.Option("--format", help="transformers, or mmit for what has no twin there.")] = (
+        "transformers"
+    ),
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Keep the LoRA as a peft adapter in OUT/adapter.")] = False,
+    push: Annotated[str | None, typer.Option("--push", help="Upload to this Hub repository: OWNER/NAME.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository made by --push.")] = False,
+) -> None:
+    """Hand a finished run to transformers: written, loaded again, and compared token by token."""
+    from mmit.export import write
+
+    done = write.export(run, out, format=write.format_named(format), dtype=write.dtype_named(dtype), adapter=adapter)
+    typer.echo(f"{done.folder}: {done.parity.sentence()}")
+    if push is not None:
+        typer.echo(write.push(done.folder, push, private=not public))
+
+
+@app.command()
+def merge(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="The folder to write, which every command takes as a run.")],
+) -> None:
+    """Add the LoRA of a finished run into the weights beside it, and check that the answers stay the same."""
+    from mmit.export.write import merge
+
+    done = merge(run, out)
+    typer.echo(f"{done.folder}: {done.parity.sentence()}")
+
+
 def main() -> None:
-    """The entry point: faults of the user end in one message and exit code 2, of the data in 3, an interruption in 75."""
+    """The entry point. A fault of the user ends in one message and exit code 2, of the data 3, an interruption 75."""
     try:
         app(standalone_mode=True)
     except ConfigError as error:

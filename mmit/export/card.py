@@ -1,0 +1,190 @@
+"""The README.md of an export, with the YAML header that the Hub reads: what went in, how, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmit.export.verify import Parity
+from mmit.model.saved import Saved
+
+
+def model_card(run: Path, saved: Saved, parity: Parity, *, name: str, format: str, dtype: str, adapter: bool) -> str:
+    """The whole file. What the run directory does not tell (a copied `final/` has no metrics) is left out."""
+    folder = run.parent if run.name == "final" else run
+    config = _yaml(folder / "config.yaml")
+    sections = [
+        f"---\n{yaml.safe_dump(_header(saved, format), sort_keys=False)}---",
+        f"# {name}",
+        _what(saved, adapter=adapter, dtype=dtype),
+        _how_to_load(saved, format=format, adapter=adapter),
+        _data(config),
+        _recipe(config),
+        _metrics(folder / "metrics.jsonl"),
+        _checked(parity, format),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _header(saved: Saved, format: str) -> dict[str, Any]:
+    multimodal = saved.fit is not None
+    header: dict[str, Any] = {
+        "library_name": "transformers" if format == "transformers" else "mmit",
+        "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
+        "tags": ["mmit", "instruction-tuning", *(["vision-language", "llava"] if multimodal else [])],
+    }
+    bases = [name for _, name in _bases(saved) if not Path(name).exists() and name.count("/") <= 1]
+    if bases:
+        header |= {"base_model": bases}
+    return header
+
+
+def _bases(saved: Saved) -> Iterator[tuple[str, str]]:
+    for part, source in saved.record["sources"].items():
+        if isinstance(source, Mapping) and source.get("name"):
+            yield part, str(source["name"])
+
+
+def _what(saved: Saved, *, adapter: bool, dtype: str) -> str:
+    vlm = saved.assembly.vlm
+    rows = _table_head("part", "what", "parameters")
+    named = dict(_bases(saved))
+    for part, module in saved.assembly.parts().items():
+        kind = type(vlm.vision.encoder if part == "vision" and vlm.vision is not None else module).__name__
+        origin = f"{kind}, from `{named[part]}`" if part in named else kind
+        rows.append(f"| {part} | {origin} | {sum(p.numel() for p in module.parameters()):,} |")
+    text = f"Trained with mmit {version('mmit')}. Weights are {dtype}."
+    if adapter:
+        text += " The LoRA of the last stage lies in `adapter/`, beside the base it was trained on."
+    if saved.fit is not None:
+        text += (
+            f" A picture is fitted to {saved.fit.side} x {saved.fit.side} pixels (`{saved.fit.policy}`) and takes "
+            f"{saved.image_tokens} tokens."
+        )
+    return text + "\n\n" + "\n".join(rows)
+
+
+def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
+    if format == "mmit":
+        return '```python\nimport mmit\n\nmodel = mmit.load("PATH")\n```'
+    if saved.fit is None:
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            'messages = [{"role": "user", "content": "Hello"}]',
+            "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
+            'return_tensors="pt")',
+        ]
+        decode = "tokenizer"
+    else:
+        lines = [
+            "from transformers import AutoModelForImageTextToText, AutoProcessor",
+            "",
+            'model = AutoModelForImageTextToText.from_pretrained("PATH", dtype="auto")',
+            'processor = AutoProcessor.from_pretrained("PATH")',
+            'content = [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is this?"}]',
+            "inputs = processor.apply_chat_template(",
+            '    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, '
+            'return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+        decode = "processor"
+    if adapter:
+        lines.insert(1, "from peft import PeftModel")
+        lines.insert(4, 'model = PeftModel.from_pretrained(model, "PATH/adapter")')
+    lines += [
+        "answer = model.generate(**inputs, max_new_tokens=100)",
+        f'print({decode}.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    text = "```python\n" + "\n".join(lines) + "\n```"
+    if saved.chat.stop_text:
+        text += f"\n\nAnswers end with the text {saved.chat.stop_text!r}, which is no token: pass it as `stop_strings`."
+    if saved.chat.markers_are_text:
+        text += "\n\nThe markers of its chat format are plain text: a user's text can imitate a turn."
+    return text
+
+
+def _data(config: Mapping[str, Any] | None) -> str:
+    if config is None:
+        return ""
+    rows = ["## Data", "", *_table_head("stage", "source", "licence", "taken")]
+    for stage in config["stages"]:
+        for source in stage["data"]:
+            place = source.get("shards") or source.get("path") or ""
+            license = (source.get("options") or {}).get("license") or _license(Path(place)) or "not stated"
+            title = source.get("name") or (f"{source['format']}: " if source.get("format") else "") + Path(place).name
+            taken = f"x {source['repeat']:g}" + (f", at most {source['limit']}" if source.get("limit") else "")
+            rows.append(f"| {stage['name']} | {title} | {license} | {taken} |")
+    return "\n".join(rows)
+
+
+def _license(shards: Path) -> str | None:
+    """The licence that `mmit-data convert --license` noted beside the shards."""
+    try:
+        return json.loads((shards / "conversion.json").read_text(encoding="utf-8")).get("license")
+    except (OSError, ValueError):
+        return None
+
+
+def _recipe(config: Mapping[str, Any] | None) -> str:
+    if config is None:
+        return ""
+    rows = ["## Recipe", "", *_table_head("stage", "trained", "samples a step", "length", "schedule")]
+    for stage in config["stages"]:
+        trained = []
+        for part, settings in stage["train"].items():
+            if settings is not None:
+                lora = settings.get("lora")
+                trained.append(f"{part} {settings['lr']:g}" + (f" (LoRA rank {lora['rank']})" if lora else ""))
+        length = f"{stage['steps']} steps" if stage.get("steps") else f"{stage.get('epochs') or 1:g} epochs"
+        schedule = f"{stage['schedule']}, warm-up {stage['warmup']:g}, decay {stage['weight_decay']:g}"
+        rows.append(f"| {stage['name']} | {', '.join(trained)} | {stage['batch_size']} | {length} | {schedule} |")
+    whole = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    rows += ["", f"<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n\n</details>"]
+    return "\n".join(rows)
+
+
+def _metrics(file: Path) -> str:
+    """Loss at the start and end of each stage, and the last held-out losses."""
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return ""
+    losses: dict[str, list[float]] = {}
+    held_out: dict[str, dict[str, float]] = {}
+    for record in records:
+        if "held_out" in record:
+            held_out[record["stage"]] = record["held_out"]
+        elif "loss" in record:
+            losses.setdefault(record["stage"], []).append(record["loss"])
+    rows = ["## Metrics", "", *_table_head("stage", "steps", "loss, first and last tenth", "held-out loss")]
+    for stage, values in losses.items():
+        tenth = max(1, math.ceil(len(values) / 10))
+        first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+        outside = ", ".join(f"{name} {loss:.4f}" for name, loss in held_out.get(stage, {}).items()) or "not measured"
+        rows.append(f"| {stage} | {len(values)} | {first:.4f}, {last:.4f} | {outside} |")
+    return "\n".join(rows)
+
+
+def _checked(parity: Parity, format: str) -> str:
+    loader = "transformers' Auto classes" if format == "transformers" else "mmit"
+    return f"## Checked\n\nLoaded again by {loader}, beside the trained model, in fp32: {parity.sentence()}."
+
+
+def _table_head(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def _yaml(file: Path) -> dict[str, Any] | None:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError:
+        return None

@@ -1,0 +1,131 @@
+"""A model of ours as `LlavaForConditionalGeneration`, without copying a tensor: parts, configuration and names."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+from mmit.config import ConfigError
+from mmit.data.chat import Chat
+from mmit.export.towers import (
+    FEATURE_LAYER,
+    TRANSFORMERS_TOWERS,
+    select_strategy,
+    tower_config,
+    tower_obstacle,
+    tower_tensors,
+)
+from mmit.model.build import Assembly
+from mmit.model.projector import MlpProjector
+
+EXPORTABLE = (
+    f"What Llava holds: {TRANSFORMERS_TOWERS}, with select: patch or cls_patch; the projector {{kind: mlp, depth: 2}}; "
+    f"causal LMs of transformers whose logits are a plain linear head without bias, caps or scales (Llama, Mistral, "
+    f"Qwen, SmolLM, Phi-3, ...)"
+)
+
+
+class ExportError(ConfigError):
+    """What cannot be exported, or came out different: what was found and what to do instead."""
+
+
+def llava_obstacle(assembly: Assembly) -> str | None:
+    """Why `LlavaForConditionalGeneration` cannot hold this model, or None if it can."""
+    tower, projector = assembly.vlm.vision, assembly.vlm.projector
+    if tower is not None and (reason := tower_obstacle(tower)):
+        return f"the vision tower: {reason}"
+    if not (isinstance(projector, MlpProjector) and len(projector.linears) == 2):
+        depth = f" of depth {len(projector.linears)}" if isinstance(projector, MlpProjector) else ""
+        return f"the projector: {type(projector).__name__}{depth} is not linear, GELU, linear"
+    reason = language_obstacle(assembly.vlm.language)
+    return f"the language model: {reason}" if reason else None
+
+
+@torch.no_grad()
+def language_obstacle(language: PreTrainedModel) -> str | None:
+    """Why Llava would compute other logits: it puts a plain linear head on the base model of the same configuration."""
+    kind = type(language).__name__
+    head = language.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return f"{kind} has no linear head"
+    if head.bias is not None:
+        return f"the head of {kind} has a bias"
+    with torch.device("meta"):
+        built = AutoModel.from_config(language.config)
+    if type(built) is not type(language.base_model):
+        return f"{type(built).__name__}, which AutoModel builds from its configuration, is not the base of {kind}"
+    ids = torch.arange(5, device=head.weight.device)[None]
+    was_training = language.training
+    language.eval()
+    own = cast(Any, language)(input_ids=ids, use_cache=False).logits
+    plain = head(cast(Any, language.base_model)(input_ids=ids, use_cache=False).last_hidden_state)
+    language.train(was_training)
+    if not torch.allclose(own, plain, rtol=1e-4, atol=1e-5):
+        return f"{kind} caps or scales its logits, which Llava drops"
+    return None
+
+
+def llava_model(assembly: Assembly, *, image_tokens: int) -> LlavaForConditionalGeneration:
+    """The twin, whose parameters are the tensors of the assembly themselves; an adapter is left out."""
+    if (reason := llava_obstacle(assembly)) is not None:
+        raise ExportError(
+            f"{reason}. {EXPORTABLE}. Anything else: `--format mmit` writes a folder that mmit itself loads"
+        )
+    tower, language = assembly.vlm.vision, assembly.vlm.language
+    assert tower is not None
+    assert assembly.placeholder is not None
+    config = LlavaConfig(
+        vision_config=tower_config(tower),
+        text_config=language.config,
+        image_token_index=assembly.placeholder,
+        image_seq_length=image_tokens,
+        projector_hidden_act="gelu",
+        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_select_strategy=cast(Any, select_strategy(tower)),
+        multimodal_projector_bias=True,
+        tie_word_embeddings=bool(language.config.tie_word_embeddings),
+    )
+    with torch.device("meta"):
+        twin = LlavaForConditionalGeneration(config)
+    twin.load_state_dict(llava_tensors(assembly), strict=True, assign=True)
+    twin.tie_weights()
+    return twin.eval()
+
+
+def llava_tensors(assembly: Assembly) -> dict[str, Tensor]:
+    """Every tensor of the model under the name that `LlavaForConditionalGeneration` gives it."""
+    tower, projector = assembly.vlm.vision, cast(MlpProjector, assembly.vlm.projector)
+    assert tower is not None
+    tensors = {f"model.vision_tower.{name}": value for name, value in tower_tensors(tower).items()}
+    for number, linear in enumerate(projector.linears, start=1):
+        for name, value in linear.state_dict().items():
+            tensors[f"model.multi_modal_projector.linear_{number}.{name}"] = value
+    base = assembly.vlm.language.base_model_prefix
+    for name, value in language_tensors(assembly.vlm.language).items():
+        part, _, rest = name.partition(".")
+        tensors[f"model.language_model.{rest}" if part == base else "lm_head.weight"] = value
+    return tensors
+
+
+def language_tensors(language: PreTrainedModel) -> dict[str, Tensor]:
+    """The language model's own tensors: an adapter beside them is left out, and its renaming undone."""
+    return {
+        name.replace(".base_layer.", "."): value
+        for name, value in language.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def generation_config(assembly: Assembly, chat: Chat) -> GenerationConfig:
+    """Greedy by default; an answer ends at any of the chat's stop ids."""
+    tokenizer = assembly.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        eos_token_id=list(chat.stop_ids),
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=pad,
+        do_sample=False,
+    )

@@ -1,0 +1,56 @@
+"""The processor of an export: exactly the picture transform, the tokenizer and the chat template of the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaProcessor, SiglipImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from mmit.data.images import PictureFit
+from mmit.export.towers import select_strategy
+from mmit.model.saved import Saved
+from mmit.model.vision import VisionTower
+
+RESAMPLE = {"bicubic": 3, "bilinear": 2}
+
+
+def image_processor(fit: PictureFit) -> BaseImageProcessor:
+    """The class of transformers that makes the same pixels as `fit`, to the bit."""
+    square = {"height": fit.side, "width": fit.side}
+    shared: dict[str, Any] = {
+        "image_mean": list(fit.mean),
+        "image_std": list(fit.std),
+        "resample": RESAMPLE[fit.interpolation],
+        "crop_size": square,
+    }
+    match fit.policy:
+        case "crop":
+            return CLIPImageProcessor(size={"shortest_edge": fit.side}, do_center_crop=True, **shared)
+        case "pad":
+            return LlavaImageProcessor(do_pad=True, size={"shortest_edge": fit.side}, do_center_crop=True, **shared)
+        case "squash":
+            return SiglipImageProcessor(size=square, do_center_crop=False, **shared)
+
+
+def processor(saved: Saved) -> LlavaProcessor:
+    """Expands one placeholder to as many as a picture has tokens."""
+    tower, fit, placeholder = saved.assembly.vlm.vision, saved.fit, saved.assembly.placeholder
+    assert tower is not None
+    assert fit is not None
+    assert placeholder is not None
+    tokenizer = saved.assembly.tokenizer
+    return LlavaProcessor(
+        image_processor=image_processor(fit),
+        tokenizer=tokenizer,
+        patch_size=tower.patch,
+        vision_feature_select_strategy=select_strategy(tower),
+        chat_template=saved.chat.template(),
+        image_token=str(tokenizer.convert_ids_to_tokens(placeholder)),
+        num_additional_image_tokens=additional_tokens(tower),
+    )
+
+
+def additional_tokens(tower: VisionTower) -> int:
+    """Tokens beside the patches that the tower itself gives out; `default` takes one off again."""
+    return int(tower.layout.has_cls)

@@ -1,0 +1,180 @@
+"""`mmit export`: a finished run as a folder that others load, verified before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmit.config import ConfigError, suggest
+from mmit.export.adapter import write_adapter
+from mmit.export.card import model_card
+from mmit.export.llava import generation_config, language_tensors, llava_model
+from mmit.export.processor import processor
+from mmit.export.verify import Parity, compare, load_export, probes, said, said_by_export
+from mmit.model.build import merge_lora
+from mmit.model.saved import Saved, load_saved
+
+RECORD = "mmit.json"
+FORMAT = 1
+ADAPTER = "adapter"
+SHARD = "5GB"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Format = Literal["transformers", "mmit"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    parity: Parity
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    format: Format = "transformers",
+    dtype: Dtype = "float32",
+    adapter: bool = False,
+    needs_adapter: bool = False,
+) -> Exported:
+    """Writes `out`, loads it again and compares; `out` appears whole and equal, or not at all.
+
+    `adapter` keeps a LoRA beside its base, in `out/adapter`, instead of merging it. With another `dtype` the model is
+    rounded first, and it is the rounded model that the export must equal. ConfigError for what cannot be read,
+    ExportError for what cannot be written in this format or came out different.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty; remove it, or name another folder")
+    if format == "mmit" and (adapter or dtype != "float32"):
+        raise ConfigError("--format mmit: writes merged weights as they were trained; leave out --adapter and --dtype")
+    saved = load_saved(run)
+    if (adapter or needs_adapter) and saved.assembly.adapter is None:
+        raise ConfigError(f"{run}: its last stage trained no LoRA, so there is no adapter to keep or to merge")
+    conversations = probes(saved)
+    expected = [said(saved, conversation) for conversation in conversations]
+    if saved.assembly.adapter is not None and not adapter:
+        merge_lora(saved.assembly)
+        merged = [said(saved, conversation) for conversation in conversations]
+        compare(expected, merged, saved, f"{run}: merging its adapter")
+        expected = merged
+    if dtype != "float32":
+        for parameter in saved.assembly.vlm.parameters():
+            parameter.data = parameter.data.to(DTYPES[dtype]).float()
+        expected = [said(saved, conversation) for conversation in conversations]
+
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if format == "mmit":
+            write_run(saved, temporary)
+            again = load_saved(temporary)
+            found = [said(again, conversation) for conversation in conversations]
+        else:
+            _write(saved, temporary, dtype)
+            if adapter:
+                write_adapter(saved.assembly, temporary / ADAPTER, base=out.name)
+            place = temporary / ADAPTER if adapter else None
+            model, speaker = load_export(temporary, multimodal=saved.fit is not None, adapter=place)
+            found = [said_by_export(model, speaker, conversation) for conversation in conversations]
+        parity = compare(expected, found, saved, str(out))
+        _write_record(saved, temporary / RECORD, parity)
+        card = model_card(run, saved, parity, name=out.name, format=format, dtype=dtype, adapter=adapter)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(out, parity)
+
+
+def merge(run: Path, out: Path) -> Exported:
+    """The run with its adapter merged, as a folder of mmit; ConfigError if it has no adapter."""
+    return export(run, out, format="mmit", needs_adapter=True)
+
+
+def format_named(name: str) -> Format:
+    return _known(name, get_args(Format), "--format")
+
+
+def dtype_named(name: str) -> Dtype:
+    return _known(name, get_args(Dtype), "--dtype")
+
+
+def _known(name: str, choices: tuple[Any, ...], option: str) -> Any:
+    if name not in choices:
+        raise ConfigError(f"{option}: {name!r}; {suggest(name, choices)}")
+    return name
+
+
+def push(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Uploads an exported folder to the Hub as `repository` (OWNER/NAME), made if need be; returns its address."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    address = hub.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+    hub.upload_folder(repo_id=repository, repo_type="model", folder_path=folder, commit_message="Export from mmit")
+    return str(address)
+
+
+def _write(saved: Saved, folder: Path, dtype: Dtype) -> None:
+    """Model, processor and generation settings, by transformers' own writers."""
+    assembly = saved.assembly
+    model: PreTrainedModel
+    if saved.fit is None:
+        assembly.tokenizer.chat_template = saved.chat.template()
+        assembly.tokenizer.save_pretrained(folder)
+        model = _plain_language(assembly.vlm.language)
+    else:
+        processor(saved).save_pretrained(folder)
+        model = llava_model(assembly, image_tokens=saved.image_tokens)
+    model.generation_config = generation_config(assembly, saved.chat)
+    cast(nn.Module, model).to(DTYPES[dtype])
+    model.save_pretrained(folder, max_shard_size=SHARD)
+
+
+def _plain_language(language: PreTrainedModel) -> PreTrainedModel:
+    """The language model without an adapter beside its weights, sharing them."""
+    with torch.device("meta"):
+        plain = type(language)(language.config)
+    plain.load_state_dict(language_tensors(language), strict=True, assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def write_run(saved: Saved, folder: Path) -> None:
+    """What `load_saved` reads, as a run's `final/`."""
+    assembly = saved.assembly
+    kept = assembly.kept()
+    tensors = {name: value.detach().contiguous() for name, value in assembly.vlm.named_parameters() if name in kept}
+    save_file(tensors, folder / "model.safetensors")
+    record = {**saved.record, "lora": assembly.lora.model_dump() if assembly.lora is not None else None}
+    (folder / "model.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+    assembly.tokenizer.save_pretrained(folder / "tokenizer")
+    assembly.vlm.language.config.save_pretrained(folder / "language")
+
+
+def _write_record(saved: Saved, file: Path, parity: Parity) -> None:
+    """What transformers' files do not say, for a later `model: {from: FOLDER}`; and how the export was checked."""
+    record = {
+        "format": FORMAT,
+        "mmit": version("mmit"),
+        "chat": asdict(saved.chat.format),
+        "placeholder": saved.chat.placeholder,
+        "pictures": saved.fit.policy if saved.fit is not None else None,
+        "sources": saved.record["sources"],
+        "parity": asdict(parity),
+    }
+    file.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
