@@ -6,6 +6,7 @@ before it is validated, so a file and a command line are checked alike; `stages.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -139,10 +140,10 @@ class Source(Section):
             for key in tree
             if key not in cls.model_fields and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.6)
         ]
-        if len(other) != 1:
+        if not other:
             return tree
-        rest = {key: value for key, value in tree.items() if key != other[0]}
-        return rest | {"format": other[0], "path": tree[other[0]]}
+        name = next((key for key in other if isinstance(tree[key], str)), other[0])
+        return {key: value for key, value in tree.items() if key != name} | {"format": name, "path": tree[name]}
 
     @field_validator("path", mode="before")
     @classmethod
@@ -297,21 +298,38 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_fit_the_model(self) -> Config:
         names = [stage.name for stage in self.stages]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two stages are called {name!r}; give each its own name")
+        faults = [
+            f"two stages are called {n!r}; give each its own name" for n in dict.fromkeys(names) if names.count(n) > 1
+        ]
         for stage in self.stages:
             if self.model.vision is None and (stage.train.vision or stage.train.projector):
-                raise ValueError(
+                faults.append(
                     f"stage {stage.name!r} trains a vision tower or projector, but model.vision is null; "
                     f"train only the language model, or name a tower"
                 )
             if self.model.vision is not None and self.model.vision.cache and stage.train.vision:
-                raise ValueError(
+                faults.append(
                     f"stage {stage.name!r} trains the vision tower, whose features model.vision.cache would keep; "
                     f"set cache: false"
                 )
+        if faults:
+            raise ValueError("\n  (the whole file): ".join(faults))
         return self
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two `train:` sections PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands there twice; keep one", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
@@ -323,8 +341,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as text ({error}); name a YAML file") from None
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = _Yaml(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected `key: value` lines with output, model and stages, found {tree!r:.60}")
@@ -333,6 +351,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
     """`load_config` for a tree that is already in memory."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _merge(tree, override)
     try:
@@ -385,18 +404,19 @@ def _position(items: list[Any], word: str, override: str) -> int:
     names = [str(item.get("name", "")) if isinstance(item, dict) else "" for item in items]
     if word in names:
         return names.index(word)
-    if word.isdigit() and int(word) < len(items):
+    if word.isdecimal() and int(word) < len(items):
         return int(word)
     raise ConfigError(f"override {override!r}: {word!r} is none of 0..{len(items) - 1} {[n for n in names if n]}")
 
 
 def _explain(error: ValidationError, tree: Any) -> Iterator[str]:
-    seen = set()
+    """A line for each place: what may stand there (all members of a union), and what was found."""
     faults = error.errors(include_url=False)
     deeper = {fault["loc"][:-2] for fault in faults if len(fault["loc"]) > 2}
+    lines: dict[str, tuple[list[str], str]] = {}
     for fault in faults:
-        if fault["type"] == "string_type" and fault["loc"][:-1] in deeper:
-            continue  # the other member of the union came closer: it names the inner fault
+        if fault["type"] in ("string_type", "literal_error") and fault["loc"][:-1] in deeper:
+            continue  # another member of the union came closer: it names the inner fault
         models, path, node = [Config], [], tree
         for step in fault["loc"]:
             if isinstance(step, str) and step in {model.__name__ for model in models}:
@@ -404,18 +424,29 @@ def _explain(error: ValidationError, tree: Any) -> Iterator[str]:
             elif isinstance(step, int) or (isinstance(node, dict) and step in node) or step in _keys(models):
                 path.append(str(step))
                 models = [inner for model in models for inner in _models_at(model, step)] or models
-                node = node[step] if isinstance(node, dict | list) and _has(node, step) else None
-        if fault["type"] == "extra_forbidden":
-            models = _parents(fault["loc"])
-            text = f"unknown key; {suggest(str(fault['loc'][-1]), sorted(_keys(models)))}"
-        else:
-            text = fault["msg"].removeprefix("Value error, ")
-            if fault["type"] not in ("value_error", "missing"):
-                text += f", found {fault['input']!r:.80}"
-        line = f"  {'.'.join(path) or '(the whole file)'}: {text}"
-        if line not in seen:
-            seen.add(line)
-            yield line
+                node = _inside(node, step)
+        found = ""
+        match fault["type"]:
+            case "extra_forbidden":
+                known = sorted(_keys(_parents(fault["loc"])))
+                text = f"unknown key; {suggest(str(fault['loc'][-1]), known)}"
+            case "missing":
+                text = "is missing"
+            case "value_error":
+                text = fault["msg"].removeprefix("Value error, ")
+            case "model_type":
+                inside = [model for model in models if model.__name__ == fault.get("ctx", {}).get("class_name")]
+                text, found = (
+                    f"expected keys of its own ({', '.join(sorted(_keys(inside)))})",
+                    f"{fault['input']!r:.80}",
+                )
+            case _:
+                text, found = fault["msg"].replace("Input should be", "expected"), f"{fault['input']!r:.80}"
+        texts, _ = lines.setdefault(".".join(path) or "(the whole file)", ([], found))
+        if text not in texts:
+            texts.append(text)
+    for place, (texts, found) in lines.items():
+        yield f"  {place}: {', or '.join(texts)}" + (f"; found {found}" if found else "")
 
 
 def _parents(location: tuple[int | str, ...]) -> list[type[BaseModel]]:
@@ -426,8 +457,11 @@ def _parents(location: tuple[int | str, ...]) -> list[type[BaseModel]]:
     return models
 
 
-def _has(node: Any, step: int | str) -> bool:
-    return step in node if isinstance(node, dict) else isinstance(step, int) and step < len(node)
+def _inside(node: Any, step: int | str) -> Any:
+    """What lies under a key or number of a raw tree, None if nothing does."""
+    if isinstance(node, dict):
+        return node.get(step)
+    return node[step] if isinstance(node, list) and isinstance(step, int) and step < len(node) else None
 
 
 def _keys(models: Sequence[type[BaseModel]]) -> set[str]:

@@ -1,0 +1,380 @@
+"""Laws of a config: strict, every fault told at once with what to write, the same from a file and a command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmit import cli
+from mmit.config import Config, ConfigError, RandomLanguage, dump_config, load_config, parse_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+GOOD: dict[str, Any] = {
+    "output": "runs/x",
+    "model": {
+        "language": "some/llm",
+        "vision": {"library": "open_clip", "name": "ViT-B-32", "pretrained": "openai"},
+    },
+    "stages": [
+        {
+            "name": "align",
+            "data": [{"shards": "data/a"}],
+            "chat": "plain",
+            "train": {"projector": {"lr": 1e-3}},
+            "batch_size": 256,
+        },
+        {
+            "name": "sft",
+            "data": [{"shards": "data/b"}, {"llava": "notes.json", "images": "photos", "repeat": 2}],
+            "train": {"projector": {"lr": 2e-5}, "language": {"lr": 2e-5}},
+            "batch_size": 128,
+        },
+    ],
+}
+
+
+def good() -> dict[str, Any]:
+    return copy.deepcopy(GOOD)
+
+
+def faults(change: Callable[[dict[str, Any]], object], *overrides: str) -> list[str]:
+    """The lines that a changed config is refused with, without the first, which names the file."""
+    tree = good()
+    change(tree)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, "run.yaml", overrides)
+    first, *lines = str(caught.value).split("\n")
+    assert first == "run.yaml is not a valid run:"
+    assert all(line.startswith("  ") for line in lines)
+    return [line[2:] for line in lines]
+
+
+def nothing(tree: dict[str, Any]) -> None:
+    pass
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_every_recipe_parses_and_comes_back_from_its_own_dump(file: Path, tmp_path: Path) -> None:
+    config = load_config(file)
+    again = tmp_path / "config.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config
+    assert dump_config(load_config(again)) == dump_config(config)
+
+
+def test_there_are_recipes() -> None:
+    assert {"tiny.yaml", "text_sft.yaml", "llava15_7b.yaml", "llava15_7b_lora.yaml"} <= {file.name for file in RECIPES}
+
+
+def test_a_rate_written_2e_5_is_a_number(tmp_path: Path) -> None:
+    """YAML 1.1 wants a dot in floats: to PyYAML `2e-5` is a string."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(good()).replace("lr: 0.001", "lr: 2e-5"), encoding="utf-8")
+    assert yaml.safe_load(file.read_text())["stages"][0]["train"]["projector"]["lr"] == "2e-5"
+    part = load_config(file, ["stages.sft.train.language.lr=3e-6"]).stages[0].train.projector
+    assert part is not None
+    assert (part.lr, type(part.lr)) == (2e-5, float)
+    language = load_config(file, ["stages.sft.train.language.lr=3e-6"]).stages[1].train.language
+    assert language is not None
+    assert language.lr == 3e-6
+
+
+def test_a_source_in_short_form_is_a_format_and_its_path() -> None:
+    first, second = parse_config(good(), "run.yaml").stages[1].data
+    assert (first.shards, first.format, first.title) == ("data/b", None, "b")
+    assert (second.format, second.path, second.images, second.repeat) == ("llava", "notes.json", "photos", 2.0)
+
+
+def test_a_projector_need_not_be_written() -> None:
+    projector = parse_config(good(), "run.yaml").model.projector
+    assert projector is not None
+    assert (projector.kind, projector.depth) == ("mlp", 2)
+
+
+def test_a_random_language_model_is_told_from_a_name() -> None:
+    tree = good() | {"model": {"language": {"random": {"model_type": "llama"}}, "vision": GOOD["model"]["vision"]}}
+    assert isinstance(parse_config(tree, "run.yaml").model.language, RandomLanguage)
+
+
+# Overrides ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "1"])
+def test_an_override_reaches_a_stage_by_name_and_by_number(stage: str) -> None:
+    config = parse_config(
+        good(),
+        "run.yaml",
+        [f"stages.{stage}.batch_size=8", f"stages.{stage}.data.1.repeat=0.5", "seed=7", "eval.holdout.fraction=0.1"],
+    )
+    assert [item.batch_size for item in config.stages] == [256, 8]
+    assert config.stages[1].data[1].repeat == 0.5
+    assert config.seed == 7
+    assert config.eval is not None
+    assert config.eval.holdout is not None
+    assert config.eval.holdout.fraction == 0.1
+
+
+def test_overrides_are_the_same_as_the_file_written_so() -> None:
+    tree = good()
+    tree["model"]["projector"] = {"kind": "linear"}
+    tree["stages"][0]["data"] = [{"shards": "c"}]
+    del tree["stages"][1]
+    overrides = ["model.projector.kind=linear", "stages.align.data=[{shards: c}]"]
+    shorter = good() | {"stages": good()["stages"][:1]}
+    assert parse_config(shorter, "run.yaml", overrides) == parse_config(tree, "run.yaml")
+
+
+def test_an_override_may_mend_what_is_missing_and_may_break_what_is_right() -> None:
+    tree = good()
+    del tree["stages"][0]["batch_size"]
+    assert parse_config(tree, "run.yaml", ["stages.align.batch_size=3"]).stages[0].batch_size == 3
+    assert faults(nothing, "stages.align.batch_size=0") == [
+        "stages.0.batch_size: expected greater than 0; found 0",
+    ]
+    assert faults(nothing, "stages.sft.batchsize=3") == ["stages.1.batchsize: unknown key; did you mean 'batch_size'?"]
+
+
+def test_overrides_leave_the_tree_of_the_caller_alone() -> None:
+    tree = good()
+    parse_config(tree, "run.yaml", ["stages.sft.batch_size=8", "eval.holdout.fraction=0.1"])
+    assert tree == GOOD
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed", "write section.key=value"),
+        ("=3", "write section.key=value"),
+        ("seed=[", "is not a YAML value"),
+        ("seed=!!python/object/apply:os.getpid []", "is not a YAML value"),
+        ("stages.tune.batch_size=8", r"'tune' is none of 0..1 \['align', 'sft'\]"),
+        ("stages.2.batch_size=8", r"'2' is none of 0..1"),
+        ("stages.².batch_size=8", r"'²' is none of 0..1"),
+        ("stages.-1.batch_size=8", r"'-1' is none of 0..1"),
+        ("output.x=3", "output is 'runs/x', which has no keys"),
+    ],
+)
+def test_an_override_that_leads_nowhere_says_where_it_stopped(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        parse_config(good(), "run.yaml", [override])
+    assert repr(override) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Faults -------------------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_are_told_at_once_with_suggestions() -> None:
+    def change(tree: dict[str, Any]) -> None:
+        tree["otput"] = tree.pop("output")
+        tree["model"]["vision"]["layr"] = -2
+        tree["model"]["vision"]["library"] = "openclip"
+        tree["stages"][0]["batchsize"] = tree["stages"][0].pop("batch_size")
+        tree["stages"][0]["data"] = []
+        tree["stages"][1]["train"]["language"] = {"lr": "fast", "lora": {"rnk": 8}}
+
+    assert faults(change) == [
+        "output: is missing",
+        "model.vision.library: expected 'open_clip' or 'transformers'; found 'openclip'",
+        "model.vision.layr: unknown key; did you mean 'layer'?",
+        "stages.0.data: List should have at least 1 item after validation, not 0; found []",
+        "stages.0.batch_size: is missing",
+        "stages.0.batchsize: unknown key; did you mean 'batch_size'?",
+        "stages.1.train.language.lr: expected a valid number, unable to parse string as a number; found 'fast'",
+        "stages.1.train.language.lora.rnk: unknown key; did you mean 'rank'?",
+        "otput: unknown key; did you mean 'output'?",
+    ]
+
+
+def put(path: str, value: object) -> Callable[[dict[str, Any]], object]:
+    def change(tree: dict[str, Any]) -> None:
+        *parents, last = path.split("/")
+        node: Any = tree
+        for word in parents:
+            node = node[int(word) if isinstance(node, list) else word]
+        node[int(last) if isinstance(node, list) else last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "lines"),
+    [
+        # Unions name the member that was meant, and never the others' complaints.
+        ("model/language", {"random": {}, "tokeniser": "x"}, ["model.language.tokeniser: unknown key; did you mean"]),
+        ("model/language", {"name": "x"}, ["model.language.random: is missing", "model.language.name: unknown key"]),
+        ("model/language", 3, ["model.language: expected a valid string, or expected keys of its own (random, tok"]),
+        ("stages/0/row_tokens", "lots", ["stages.0.row_tokens: expected a valid integer, unable to parse string as"]),
+        (
+            "stages/1/train/language",
+            {"lr": 1, "lora": {"targets": ["q_proj", 5]}},
+            ["stages.1.train.language.lora.targets.1: expected a valid string; found 5"],
+        ),
+        # Sources
+        ("stages/0/data/0", {"shard": "x"}, ["stages.0.data.0.shard: unknown key; did you mean 'shards'?"]),
+        (
+            "stages/0/data/0",
+            {"llava": "x", "imags": "y"},
+            ["stages.0.data.0.imags: unknown key; did you mean 'images'?"],
+        ),
+        (
+            "stages/0/data/0",
+            {"llava": "x", "colour": 3},
+            ["stages.0.data.0.colour: unknown key; known: format, images"],
+        ),
+        ("stages/0/data/0", {"llava": None}, ["stages.0.data.0: `llava` names no path"]),
+        ("stages/0/data/0", {}, ["stages.0.data.0: write either `shards: FOLDER` or `FORMAT: PATH`"]),
+        ("stages/0/data/0", {"shards": "x", "images": "y"}, ["stages.0.data.0: `images` and `options` belong to a"]),
+        ("stages/0/data/0", "x", ["stages.0.data.0: expected keys of its own (format, images, limit, name"]),
+        # One thing against another
+        ("model/vision", None, ["(the whole file): stage 'align' trains", "(the whole file): stage 'sft' trains"]),
+        ("model/vision/pretrained", None, ["model.vision: open_clip needs `pretrained`"]),
+        ("stages/1/name", "align", ["(the whole file): two stages are called 'align'; give each its own name"]),
+        ("stages/0/train", {}, ["stages.0.train: nothing is trained; name at least one of vision, projector, lang"]),
+        ("eval", {}, ["eval: name a `holdout` share of the training data, or `data` to evaluate on"]),
+        # Values
+        ("stages/0/train/projector", 1e-3, ["stages.0.train.projector: expected keys of its own (lr); found 0.001"]),
+        ("stages/0/train/projector/lr", float("nan"), ["stages.0.train.projector.lr: expected"]),
+        ("stages/0/epochs", float("inf"), ["stages.0.epochs: expected a finite number; found inf"]),
+        ("stages/0/name", "../x", ["stages.0.name: String should match pattern"]),
+        ("eval", {"holdout": {"fraction": 1}}, ["eval.holdout.fraction: expected less than 1; found 1"]),
+        ("stages", "x", ["stages: expected a valid list; found 'x'"]),
+        ("stages", [], ["stages: List should have at least 1 item"]),
+    ],
+)
+def test_a_fault_is_one_line_with_its_place_and_what_to_write(path: str, value: object, lines: list[str]) -> None:
+    found = faults(put(path, value))
+    assert len(found) == len(lines)
+    for line, start in zip(found, lines, strict=True):
+        assert line.startswith(start)
+
+
+def test_epochs_and_steps_exclude_each_other() -> None:
+    assert faults(nothing, "stages.align.epochs=1", "stages.align.steps=5") == [
+        "stages.0: both epochs and steps are set; keep one of them"
+    ]
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"stages: [\n", "not valid YAML: .*line 2"),
+        (b"output: !!python/object/apply:os.getpid []\n", "not valid YAML: .*python/object"),
+        (b"seed: 1\nseed: 2\n", "not valid YAML: the key 'seed' stands there twice.*line 2"),
+        (b"model: {vision: null, language: x, vision: y}\n", "the key 'vision' stands there twice"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+        (b"output: a\x00b\n", "not valid YAML"),
+        (b"just text", "expected `key: value` lines with output, model and stages, found 'just text'"),
+        (b"- a\n- b\n", "expected `key: value` lines"),
+        (b"", "expected `key: value` lines.*found None"),
+        (b"a: &a [*a]\n", r"is not a valid run:\n"),
+        (b"[" * 5000, "not valid YAML"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_a_file_that_is_no_config_is_named_with_its_fault(tmp_path: Path, content: bytes, told: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_config(file)
+    assert str(caught.value).startswith(str(file))
+
+
+def test_anchors_and_merge_keys_of_yaml_work(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    tree = yaml.safe_dump({key: value for key, value in good().items() if key != "stages"})
+    stages = (
+        "stages:\n- &first {name: one, data: [{shards: a}], train: {language: {lr: 1}}, batch_size: 2}\n"
+        "- {<<: *first, name: two}\n"
+    )
+    file.write_text(tree + stages, encoding="utf-8")
+    assert [stage.name for stage in load_config(file).stages] == ["one", "two"]
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of `mmit`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mmit", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code if isinstance(ended.value.code, int) else int(ended.value.code is not None)
+
+
+def test_config_prints_what_reads_back_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = next(file for file in RECIPES if file.name == "tiny.yaml")
+    assert run(monkeypatch, "config", str(tiny), "seed=5") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert parse_config(printed, "printed") == load_config(tiny, ["seed=5"])
+
+
+def test_the_schema_is_json_and_tells_every_key_of_the_recipes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "config", "--schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema == Config.model_json_schema()
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert all("description" in schema["$defs"]["Stage"]["properties"][key] for key in ("batch_size", "max_tokens"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("config", "nowhere.yaml"),
+        ("train", "nowhere.yaml"),
+        ("config", "TINY", "stages.sft.batchsize=8"),
+        ("config", "TINY", "stages.sft.data=[{lava: x.json}]"),
+        ("train", "TINY", "stages.sft.data=[{lava: x.json}]"),
+        ("config",),
+        ("config", "--colour"),
+        ("tune",),
+    ],
+    ids=" ".join,
+)
+def test_a_fault_of_the_user_is_one_message_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    tiny = next(file for file in RECIPES if file.name == "tiny.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(str(tiny) if word == "TINY" else word for word in words)) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.strip()
+    assert "Traceback" not in told.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_format_is_told_with_a_near_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = next(file for file in RECIPES if file.name == "tiny.yaml")
+    assert run(monkeypatch, "config", str(tiny), "stages.sft.data=[{lava: x.json}]") == 2
+    assert capsys.readouterr().err == "stages.sft.data: 'lava' is not a format; did you mean 'llava'?\n"
+
+
+def test_the_installed_command_ends_so_too(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "mmit", "config", "nowhere.yaml"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr == "nowhere.yaml: no such file; `configs/README.md` lists recipes to copy\n"
