@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,10 @@ def add_lora(assembly: Assembly, lora: schema.Lora, *, seed: int) -> None:
     )
     before = {id(parameter) for parameter in assembly.vlm.parameters()}
     try:
-        assembly.adapter = cast(PeftModel, get_peft_model(assembly.vlm.language, settings))
+        with warnings.catch_warnings():
+            # peft 0.21 reads a property that transformers 5.23 renames; needless once peft asks for the new name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            assembly.adapter = cast(PeftModel, get_peft_model(assembly.vlm.language, settings))
     except ValueError as error:
         raise ConfigError(f"language.lora.targets: {error}") from None
     assembly.lora = lora
@@ -184,7 +188,7 @@ def set_modes(assembly: Assembly, train: schema.Train, *, gradient_checkpointing
     vlm = assembly.vlm
     vlm.eval()
     if gradient_checkpointing:
-        vlm.language.gradient_checkpointing_enable({"use_reentrant": False})
+        vlm.language.activation_checkpointing_enable({"use_reentrant": False})
         if vlm.vision is not None and train.vision is not None:
             vlm.vision.gradient_checkpointing(True)
     for name, part in assembly.parts().items():
@@ -212,8 +216,12 @@ def add_placeholder(tokenizer: PreTrainedTokenizerFast, language: PreTrainedMode
 
 
 def embedding_rms(language: PreTrainedModel) -> float:
-    weight = cast(Tensor, language.get_input_embeddings().weight)
-    return float(weight.detach().float().square().mean().sqrt())
+    """Root mean square of what the word embeddings put into the model (Gemma's scale their table on the way)."""
+    table = cast(nn.Embedding, language.get_input_embeddings())
+    with torch.no_grad():
+        ids = torch.arange(len(table.weight), device=table.weight.device)
+        squares = torch.cat([table(some).float().square().mean(1) for some in ids.split(8192)])
+    return float(squares.mean().sqrt())
 
 
 def lora_targets(assembly: Assembly) -> int:

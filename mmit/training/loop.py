@@ -173,7 +173,7 @@ class Gradients:
             return
         learned = any(len(row.predicts) for row in step.rows)
         self._chances["text"] += learned
-        self._chances["picture"] += learned and any(len(row.shown) for row in step.rows)
+        self._chances["picture"] += any(_learns_from_pictures(row) for row in step.rows)
         for name in [name for name, p in self._waiting.items() if p.grad is not None and bool(p.grad.any())]:
             del self._waiting[name]
         late = [
@@ -185,6 +185,14 @@ class Gradients:
                 f"({', '.join(late[:3])}{', ...' if len(late) > 3 else ''}); take their part out of `train`, or this is "
                 f"a model whose forward pass does not use them"
             )
+
+
+def _learns_from_pictures(row: Row) -> bool:
+    """Whether a supervised token follows a picture of its own sample."""
+    shown = row.is_image[0].cumsum(0)
+    sample = torch.bucketize(row.predicts, row.boundaries[1:-1], right=True)
+    before = (shown - row.is_image[0].long())[row.boundaries[:-1].long()]
+    return bool((shown[row.predicts] > before[sample]).any())
 
 
 def _steps(data: StageData, start: int, workers: int) -> Iterator[Step]:

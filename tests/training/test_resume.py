@@ -184,7 +184,7 @@ def test_a_run_of_text_alone_goes_on_across_stages(tmp_path: Path, texts: Path) 
     assert_same_run(straight, tmp_path / "again")
 
 
-# What changed ---------------------------------------------------------------------------------------------------------
+# What changed ----------------------------------------------------------------------------
 
 
 def interrupted(wanted: Config, steps: int = 2) -> None:
@@ -293,7 +293,7 @@ def test_a_finished_stage_whose_files_were_lost_is_not_trained_again(tmp_path: P
     assert_same_run(straight, tmp_path / "again")
 
 
-# What a run leaves ----------------------------------------------------------------------------------------------------
+# What a run leaves ----------------------------------------------------------------------------
 
 
 def test_the_stored_config_makes_the_same_run(tmp_path: Path, data: Path) -> None:

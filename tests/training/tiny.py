@@ -186,7 +186,7 @@ def said(wanted: Config) -> str:
     return Path(wanted.output).with_suffix(".log").read_text(encoding="utf-8")
 
 
-# Without a run --------------------------------------------------------------------------------------------------------
+# Without a run ----------------------------------------------------------------------------
 
 
 def assembled(wanted: Config, *, number: int = 0, dtype: torch.dtype = torch.float64) -> Assembly:
