@@ -23,7 +23,7 @@ from PIL import Image
 
 from mmit.config import ConfigError
 from mmit.data import images as decoder
-from mmit.data.images import MAX_BYTES, decode, ending_of, size_of
+from mmit.data.images import MAX_BYTES, decode
 from mmit.data.sample import Picture, Sample, SampleError
 
 
@@ -161,17 +161,16 @@ def develop(
     else:
         raise SampleError(f"{where}: a picture without bytes; the format that made it must read them or use an Album")
     window = picture.window or window
-    ending = ending_of(data, where)  # also checks the limits, before anything is decoded
-    decoded = False
-    if not keep_metadata:
-        cleaned = without_metadata(data, where, ending=ending)
-        if cleaned is None:
-            data, ending, window, decoded = png_of(decode(data, where, window=window), where), "png", None, True
-        else:
-            data = cleaned
-    if decode_pixels and not decoded:
-        decode(data, where, window=window)
-    width, height = size_of(data, where)
+    header = decoder._open(data, where)  # the limits are checked here, before anything is decoded
+    ending, orientation = decoder.ENDINGS[header.format or ""], decoder._orientation(header, data)
+    width, height = header.size if orientation < 5 else header.size[::-1]
+    cleaned = data if keep_metadata else without_metadata(data, ending=ending, orientation=orientation)
+    if cleaned is None:
+        data, ending, window = png_of(decode(data, where, window=window), where), "png", None
+    else:
+        data = cleaned
+        if decode_pixels:
+            decode(data, where, window=window)
     return Picture(width, height, hashlib.sha256(data).hexdigest(), ending, data, window)
 
 
@@ -181,14 +180,14 @@ def _named(picture: Unread, where: str) -> str:
     return picture.where or where
 
 
-def without_metadata(data: bytes, where: str, *, ending: str) -> bytes | None:
+def without_metadata(data: bytes, *, ending: str, orientation: int) -> bytes | None:
     """The same pixels without EXIF, XMP, IPTC, comments and whatever trails the picture.
 
     Segments are left out and the rest is copied, so nothing is encoded again. None when that cannot be done: the EXIF
     turns the picture, or its kind (TIFF) or damage has no separable segments; then the decoder's pixels are saved.
     """
     clean = CLEANERS.get(ending)
-    if clean is None or decoder._orientation(decoder._open(data, where), data) != 1:
+    if clean is None or orientation != 1:
         return None
     try:
         return clean(data)

@@ -161,6 +161,54 @@ def verify(
 
 
 @app.command()
+def stats(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    html: Annotated[Path | None, typer.Option(help="Also write a page with pictures.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Tokenizer to count tokens with: name, folder or `bytes`.")
+    ] = None,
+    chat: Annotated[str, typer.Option(help="Chat format, with --language.")] = "auto",
+    image_tokens: Annotated[int, typer.Option(help="Tokens per picture.")] = 576,
+    max_tokens: Annotated[int, typer.Option(help="Longest sample, and size of a packed row.")] = 2048,
+    most: Annotated[int, typer.Option(help="Read at most this many samples, drawn by a fixed seed.")] = 20000,
+) -> None:
+    """Count turns, pictures, sizes and tokens; with --html, as a page."""
+    from data_tools.stats import measure, report, summary
+
+    found = measure(shards, language=language, chat=chat, image_tokens=image_tokens, most=most)
+    for name, value in summary(found, max_tokens=max_tokens):
+        print(f"{name:<24} {value}")
+    if html is not None:
+        html.write_text(report(shards, found, max_tokens=max_tokens), encoding="utf-8")
+        print(f"{html} written")
+
+
+@app.command()
+def grid(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("grid.png"),
+    count: Annotated[int, typer.Option(help="How many samples.")] = 24,
+    columns: Annotated[int, typer.Option(help="How many side by side.")] = 6,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+) -> None:
+    """Lay pictures with their questions and answers out on one page (PNG)."""
+    from data_tools.grid import grid as lay_out
+
+    print(f"{out}: {lay_out(shards, out, count=count, columns=columns, seed=seed)} samples")
+
+
+@app.command()
+def mix(
+    sources: Annotated[list[str], typer.Argument(help="FOLDER or FOLDER=REPEAT, as `repeat` in a config.")],
+) -> None:
+    """Preview what an epoch over weighted sources holds."""
+    from data_tools.mix import mix as shares_of
+    from data_tools.mix import table
+
+    print("\n".join(table(shares_of(sources))))
+
+
+@app.command()
 def formats() -> None:
     """List the formats that can be converted."""
     from data_tools.formats import FORMATS

@@ -17,6 +17,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -362,7 +363,15 @@ def _chain(head: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def _result(item: Future[Outcome] | Outcome) -> Outcome:
-    return item if isinstance(item, Outcome) else item.result()
+    if isinstance(item, Outcome):
+        return item
+    try:
+        return item.result()
+    except BrokenProcessPool:
+        raise SampleError(
+            "a worker process was killed, most likely for want of memory; the same command with fewer --processes or "
+            "rows_per_shard goes on where this one stopped"
+        ) from None
 
 
 def _shard(

@@ -1,6 +1,6 @@
 """DICOM pictures named in a table (CSV or JSONL with image, question, answer), or a folder of x.dcm with x.txt beside.
 
-Pixels go through the file's own modality rescale and window (or `window`), MONOCHROME1 is turned, and only the pixels
+Pixels go through the file's own modality rescale and window (or `levels`), MONOCHROME1 is turned, and only the pixels
 are kept: nothing of the header, where names and dates of patients stand, reaches a shard. Needs pip install pydicom.
 """
 
@@ -23,11 +23,11 @@ def samples(
     path: Path,
     images: Path | None = None,
     *,
-    window: list[float] | None = None,
+    levels: list[float] | None = None,
     prompt: str = "Describe the image.",
     strip: bool = True,
 ) -> Iterator[Sample | Rejected]:
-    """`window`: [black, white] after the rescale (for CT in Hounsfield units), instead of each file's own."""
+    """`levels`: [black, white] after the rescale (for CT in Hounsfield units), instead of each file's own."""
     try:
         import pydicom  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -53,12 +53,12 @@ def samples(
             raise SampleError(f"{row.where}: {name} is no file below {root}")
         question = fields(row).get("question") or prompt
         pairs = [(question, text_field(row, "answer", "caption", "text", "report"))]
-        return asked_about([picture_of(file, row.where, window)], pairs, where=row.where, strip=strip)
+        return asked_about([picture_of(file, row.where, levels)], pairs, where=row.where, strip=strip)
 
     return each(rows(), sample)
 
 
-def picture_of(file: Path, where: str, window: list[float] | None) -> Picture:
+def picture_of(file: Path, where: str, levels: list[float] | None) -> Picture:
     """The first frame as an 8-bit PNG."""
     import pydicom  # pyright: ignore[reportMissingImports]
     from pydicom.errors import InvalidDicomError  # pyright: ignore[reportMissingImports]
@@ -78,12 +78,12 @@ def picture_of(file: Path, where: str, window: list[float] | None) -> Picture:
             pixels = convert_color_space(pixels, kind, "RGB") if kind.startswith("YBR") else pixels
             return unread(png_of(np.ascontiguousarray(pixels[..., :3]).astype(np.uint8), where), where)
         values = apply_modality_lut(pixels, header)
-        values = np.asarray(apply_voi_lut(values, header) if window is None else values, dtype=np.float64)
+        values = np.asarray(apply_voi_lut(values, header) if levels is None else values, dtype=np.float64)
     except (InvalidDicomError, AttributeError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
         raise SampleError(f"{where}: {file.name} cannot be read as DICOM ({type(error).__name__})") from None
-    low, high = window if window is not None else (float(values.min()), float(values.max()))
+    low, high = levels if levels is not None else (float(values.min()), float(values.max()))
     if not low < high:
-        raise SampleError(f"{where}: {file.name} is one flat value ({low:g}); name a window")
+        raise SampleError(f"{where}: {file.name} is one flat value ({low:g}); name levels")
     shades = np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
     shades = 255 - shades if kind == "MONOCHROME1" else shades
     return unread(png_of(np.repeat(shades[..., None], 3, axis=2), where), where)

@@ -127,10 +127,11 @@ def test_real_bare_message_lists_are_read(run: Converter, shared: Path) -> None:
 
 
 @pytest.mark.shared
-def test_real_sharegpt_rows_keep_every_turn(run: Converter, shared: Path) -> None:
+@pytest.mark.parametrize("format", ["sharegpt", "llava"])
+def test_real_sharegpt_rows_keep_every_turn(run: Converter, shared: Path, format: str) -> None:
     path = shared / "fastchat" / "dummy_conversation.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
-    samples = run("sharegpt", path)
+    samples = run(format, path)
     role = {"human": "user", "gpt": "assistant"}
     assert [flat(s) for s in samples] == [
         [(role[turn["from"]], [turn["value"].strip()]) for turn in row["conversations"]] for row in rows

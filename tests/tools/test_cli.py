@@ -109,3 +109,41 @@ def test_json_of_another_kind_is_named(command: Command, tmp_path: Path) -> None
     code, _, error = command("convert", "llava", path, "--out", tmp_path / "out")
     assert code == 3
     assert "alpaca.json[0]: no field conversations or conversation; the row has instruction, output" in error
+
+
+def test_verify_ends_with_3_and_a_list(command: Command, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    command("convert", "llava", rows_with(photos, 3), "--images", photos, "--out", out, "--processes", 1)
+    code, text, _ = command("verify", out)
+    assert (code, text) == (0, f"{out}: 3 samples, no fault\n")
+    tar = out / "shard-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    code, text, error = command("verify", out)
+    assert code == 3
+    assert "shard-000000.tar" in text
+    assert "faults in" in error
+
+
+def test_auto_shows_what_it_read(command: Command, photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 5)
+    arguments = ("auto", path, "--images", photos, "--out", tmp_path / "shards", "--processes", 1)
+    code, text, _ = command("convert", *arguments)
+    assert code == 0
+    assert "reads as llava" in text
+    assert "  user: [picture] 2?\n  assistant: 2!\n" in text
+    assert "3!" not in text
+    code, text, _ = command("detect", path, "--images", photos)
+    assert code == 0
+    assert "reads as llava" in text
+
+
+def test_the_readme_names_every_format_and_every_command() -> None:
+    from data_tools.cli import app
+    from data_tools.formats import FORMATS
+
+    readme = (Path(__file__).parents[2] / "data_tools" / "README.md").read_text(encoding="utf-8")
+    assert [name for name in FORMATS if f"convert {name} " not in readme and f"`{name}" not in readme] == []
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert [name for name in commands if f"{name} " not in readme and f"mmit-data {name}`" not in readme] == []

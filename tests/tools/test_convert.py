@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import data_tools.convert as module
 from data_tools.album import unread
 from data_tools.convert import RejectedRows, Settings, conversion, convert, converted
+from data_tools.formats import FORMATS, samples_function
 from data_tools.rows import Rejected
 from mmit.config import ConfigError, Source
 from mmit.data.sample import ImagePart, Sample, SampleError, message
@@ -280,3 +282,9 @@ def test_an_unknown_format_is_answered_with_the_nearest_and_the_list(tmp_path: P
     with pytest.raises(ConfigError, match="did you mean llava"):
         convert("lava", tmp_path, None, tmp_path / "out")
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_no_option_of_a_format_hides_a_setting_of_every_conversion() -> None:
+    for name in FORMATS:
+        parameters = inspect.signature(samples_function(name)).parameters
+        assert parameters.keys() & Settings.__dataclass_fields__.keys() == set(), name

@@ -413,7 +413,7 @@ def test_dicom_keeps_pixels_and_nothing_of_the_patient(run: Converter, tmp_path:
         data.SOPClassUID, data.SOPInstanceUID = SecondaryCaptureImageStorage, header.MediaStorageSOPInstanceUID
         pydicom.dcmwrite(tmp_path / f"{name}.dcm", data, enforce_file_format=True)
     rows = [{"image": "a.dcm", "answer": "Normal."}, {"image": "b.dcm", "answer": "Turned."}]
-    plain, turned = run("dicom", rows, tmp_path, window=[-1024, 1496])
+    plain, turned = run("dicom", rows, tmp_path, levels=[-1024, 1496])
     shades = np.clip(np.rint(values.astype(float) * 255 / 2520), 0, 255).astype(np.uint8)
     assert np.array_equal(decode(plain.images[0].data or b"", "")[..., 0], shades)
     assert np.array_equal(decode(turned.images[0].data or b"", "")[..., 0], 255 - shades)

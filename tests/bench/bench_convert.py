@@ -1,0 +1,77 @@
+"""How fast conversion is, as ratios on the same machine: against `tar cf` over the same files without decoding, against
+bare decoding with it. Run by hand on idle cores: `python -m tests.bench.bench_convert [pictures]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_tools.convert import Settings, convert
+from mmit.data.images import decode
+
+
+def make(root: Path, count: int) -> None:
+    (root / "images").mkdir()
+    random = np.random.default_rng(0)
+    noise = [Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480)) for _ in range(8)]
+    rows = []
+    for number in range(count):
+        noise[number % 8].rotate(number % 7).save(root / "images" / f"{number}.jpg", quality=90)
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise. " * 20}]
+        rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+    (root / "rows.json").write_text(json.dumps(rows))
+
+
+def best(times: int, work: Callable[[int], object]) -> float:
+    seconds = []
+    for number in range(times):
+        begun = time.perf_counter()
+        work(number)
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
+    processes = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make(root, count)
+        tar = best(3, lambda _: subprocess.run(["tar", "cf", str(root / "x.tar"), "-C", folder, "images"], check=True))
+
+        def run(name: str, decoding: bool, workers: int) -> float:
+            settings = Settings(rows_per_shard=250, decode=decoding)
+            return best(
+                3,
+                lambda n: convert(
+                    "llava",
+                    root / "rows.json",
+                    root / "images",
+                    root / f"{name}{n}",
+                    settings=settings,
+                    processes=workers,
+                ),
+            )
+
+        some = [(root / "images" / f"{number}.jpg").read_bytes() for number in range(min(count, 200))]
+        bare = best(2, lambda _: [decode(data, "") for data in some]) / len(some) * count
+        print(f"{count} pictures; tar cf {tar:.2f} s, bare decode on one core {bare:.2f} s")
+        for workers in sorted({1, processes}):
+            plain, decoded = run(f"p{workers}-", False, workers), run(f"d{workers}-", True, workers)
+            print(
+                f"{workers} processes: without decoding {plain:.2f} s ({tar / plain:.2f} of tar's speed), "
+                f"with decoding and sha256 {decoded:.2f} s ({bare / workers / decoded:.2f} of the bare decode speed)"
+            )
+
+
+if __name__ == "__main__":
+    main()

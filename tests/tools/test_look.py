@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_tools.convert import Settings, convert
+from data_tools.grid import grid
+from data_tools.mix import mix, table
+from data_tools.stats import measure, packed_rows, report, summary
+from mmit.config import ConfigError
+from tests.tools.test_convert import rows_with
+
+
+@pytest.fixture
+def shards(photos: Path, tmp_path: Path) -> Path:
+    convert("llava", rows_with(photos, 12), photos, tmp_path / "shards", settings=Settings(source="a"))
+    return tmp_path / "shards"
+
+
+def test_figures_are_counted_and_tokens_are_the_trainers(shards: Path) -> None:
+    stats = measure(shards, language="bytes", chat="chatml", image_tokens=5)
+    assert stats.samples == 12
+    assert stats.images == {1: 12}
+    assert stats.sizes == [(20, 12)] * 12
+    # 10 of the 12 answers are `0!`, the others `10!`; each ends with the stop token.
+    assert sorted(stats.trained) == [3] * 10 + [4] * 2
+    told = dict(summary(stats, max_tokens=25))
+    assert told["longer than 25"] == "12 of 12"
+    assert told["samples"] == "12"
+
+
+def test_the_page_holds_data_as_text_and_fetches_nothing(tmp_path: Path) -> None:
+    evil = '<script>alert(1)</script><img src="http://x/y">'
+    row = {"instruction": evil, "output": "x"}
+    (tmp_path / "in.json").write_text(json.dumps([row, row]))
+    folder = tmp_path / "<b>set"
+    convert("alpaca", tmp_path / "in.json", None, folder, settings=Settings(source="s"))
+    page = report(folder, measure(folder, language="bytes", chat="chatml", image_tokens=5), max_tokens=2048)
+    assert "<script" not in page
+    assert "<b>set" not in page
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert page.count("<img ") >= 4
+
+
+def test_a_page_of_pictures_is_the_same_each_time(shards: Path, tmp_path: Path) -> None:
+    assert grid(shards, tmp_path / "a.png", count=6, columns=3) == 6
+    grid(shards, tmp_path / "b.png", count=6, columns=3)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500, "the pictures are on it"
+
+
+def test_a_set_without_pictures_has_no_page(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(json.dumps([{"instruction": "a", "output": "b"}]))
+    convert("alpaca", tmp_path / "in.json", None, tmp_path / "s")
+    with pytest.raises(ConfigError, match="no sample has a picture"):
+        grid(tmp_path / "s", tmp_path / "a.png")
+
+
+def test_a_mixture_adds_up(shards: Path) -> None:
+    half, twice = mix([f"{shards}=0.5", f"{shards}=2"])
+    assert (half.taken, twice.taken) == (6, 24)
+    assert (half.pictures, twice.pictures) == (6, 24)
+    lines = table([half, twice])
+    assert "20.0%" in lines[1]
+    assert "80.0%" in lines[2]
+    assert lines[3].endswith("30")
+    with pytest.raises(ConfigError, match="FOLDER=REPEAT"):
+        mix([f"{shards}=lots"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60))
+def test_packing_needs_no_more_than_the_bound_and_no_less_than_the_sum(lengths: list[int]) -> None:
+    capacity = 50
+    cut = [min(length, capacity) for length in lengths]
+    rows = packed_rows(lengths, capacity)
+    # First-fit decreasing: at most 11/9 of the best packing and 6/9 (Dosa 2007); the best is at least the sum.
+    assert -(-sum(cut) // capacity) <= rows <= len(lengths)
+    assert rows <= 11 / 9 * max(len([c for c in cut if c > capacity / 2]), 2 * sum(cut) / capacity + 1) + 6 / 9
