@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,12 @@ def open_stage(
     """Opens every source (ConfigError or SampleError names a faulty one) and lays out the steps of this rank."""
     shards = [_open(source) for source in stage.data]
     rendering = rendering_of(config, stage, assembly)
-    out = _hold_out(shards, config.eval.holdout, config.seed) if config.eval and config.eval.holdout else None
+    out = None
+    if config.eval is not None and config.eval.holdout is not None:
+        # The pictures of the other stages join in: what this one holds out, no other may have trained on.
+        by_picture = config.eval.holdout.by == "picture"
+        others = [_open(s) for other in config.stages if by_picture and other.name != stage.name for s in other.data]
+        out = _hold_out([*shards, *others], config.eval.holdout, config.seed)[: len(shards)]
     origins = []
     for number, (source, samples) in enumerate(zip(stage.data, shards, strict=True)):
         taken = np.flatnonzero(~out[number]) if out is not None else np.arange(len(samples))
@@ -51,6 +57,8 @@ def open_stage(
         origins.append(_origin(source, samples, taken, stage))
     order = Order(tuple(origins), config.seed, stage.batch_size, stage.window if stage.order == "window" else None)
     total = stage.steps if stage.steps is not None else order.total_steps(stage.epochs or 1)
+    if total == 0:
+        raise ConfigError(f"stages.{stage.name}: {stage.epochs or 1:g} epochs are no step; raise epochs or repeat")
     encoders = [Encoder(samples, rendering, number, cache) for number, samples in enumerate(shards)]
     layout: dict[str, Any] = {
         "rank": rank,
@@ -60,14 +68,13 @@ def open_stage(
         "costs": _costs(assembly),
         "on_bad_sample": stage.on_bad_sample,
     }
-    titles = _titles(stage.data)
-    evaluated, evaluated_titles = _held_out_steps(config, stage, shards, out, encoders, titles, cache, layout)
+    titles = _titles([*stage.data, *(config.eval.data if config.eval is not None else ())])
     return StageData(
-        titles=evaluated_titles,
-        fingerprints={title: samples.fingerprint for title, samples in zip(titles, shards, strict=True)},
+        titles=titles,
+        fingerprints={title: samples.fingerprint for title, samples in zip(titles, shards, strict=False)},
         training=Steps(order, encoders, **layout),
         total=total,
-        held_out=evaluated,
+        held_out=_held_out_steps(config, stage, out, encoders, cache, layout),
     )
 
 
@@ -90,8 +97,8 @@ def row_tokens(stage: Stage, on_cuda: bool) -> int:
         return max(8192 if on_cuda else 2048, stage.max_tokens)
     if stage.row_tokens < stage.max_tokens:
         raise ConfigError(
-            f"stages.{stage.name}.row_tokens: {stage.row_tokens} cannot hold a sample of max_tokens {stage.max_tokens}; "
-            f"raise row_tokens or lower max_tokens"
+            f"stages.{stage.name}.row_tokens: {stage.row_tokens} cannot hold a sample of max_tokens "
+            f"{stage.max_tokens}; raise row_tokens or lower max_tokens"
         )
     return stage.row_tokens
 
@@ -116,25 +123,20 @@ def too_long(steps: Steps, titles: Sequence[str]) -> list[str]:
 def _held_out_steps(
     config: Config,
     stage: Stage,
-    shards: Sequence[ShardSet],
     out: list[np.ndarray] | None,
     encoders: Sequence[Encoder],
-    titles: list[str],
     cache: Path,
     layout: dict[str, Any],
-) -> tuple[Steps | None, list[str]]:
+) -> Steps | None:
     """Steps over what is held out and what is only evaluated, at most `eval.samples` a source, always the same ones."""
     if config.eval is None:
-        return None, titles
+        return None
     pairs: list[tuple[Encoder, np.ndarray]] = []
     if out is not None:
         pairs += [(encoder, np.flatnonzero(mask)) for encoder, mask in zip(encoders, out, strict=True)]
-    titles = list(titles)
-    for source in config.eval.data:
+    for number, source in enumerate(config.eval.data, start=len(encoders)):
         samples = _open(source)
-        encoder = Encoder(samples, encoders[0].rendering, len(titles), cache)
-        pairs.append((encoder, np.arange(len(samples))))
-        titles.append(source.title)
+        pairs.append((Encoder(samples, encoders[0].rendering, number, cache), np.arange(len(samples))))
     origins, evaluated = [], []
     for encoder, indices in pairs:
         if len(indices):
@@ -146,7 +148,7 @@ def _held_out_steps(
             f"eval.holdout: no sample of stage {stage.name} falls into a share of {config.eval.holdout}; raise fraction"
         )
     order = Order(tuple(origins), config.seed, max(stage.batch_size, 8))
-    return Steps(order, evaluated, **layout), titles
+    return Steps(order, evaluated, **layout)
 
 
 def _open(source: Source) -> ShardSet:
@@ -169,39 +171,48 @@ def _origin(source: Source, samples: ShardSet, taken: np.ndarray, stage: Stage) 
 def _hold_out(shards: Sequence[ShardSet], holdout: Holdout, seed: int) -> list[np.ndarray]:
     """Which samples of each source are held out. Groups span sources: a picture used by two is on one side in both."""
     starts = np.cumsum([0, *(len(samples) for samples in shards)])
-    names = [f"{samples.fingerprint}:{key}" for samples in shards for key in samples.keys()]  # noqa: SIM118
     if holdout.by == "picture":
-        found = [samples.pictures() for samples in shards]
-        owners = np.concatenate([own + start for (own, _), start in zip(found, starts, strict=False)])
-        hashes = np.concatenate([hashes for _, hashes in found])
-        unique, pictures = np.unique(hashes, return_inverse=True)
-        groups = components(int(starts[-1]), owners, pictures)
-        for owner, picture in zip(owners[::-1], pictures[::-1], strict=True):
-            names[owner] = bytes(unique[picture]).hex()
-    elif holdout.by.startswith("meta."):
+        names = _picture_groups(shards)
+    elif holdout.by == "sample":
+        names = [f"{samples.fingerprint}:{key}" for samples in shards for key in samples.keys()]  # noqa: SIM118
+    else:
         key = holdout.by.removeprefix("meta.")
-        values = [str(samples.meta(i).get(key)) for samples in shards for i in range(len(samples))]
         for samples in shards:
             samples.meta_groups(key)  # names a sample without the key
-        names = values
-        groups = np.unique(values, return_inverse=True)[1]
-        groups = np.array([np.argmax(groups == group) for group in range(groups.max() + 1)])[groups]
-    else:
-        groups = np.arange(int(starts[-1]))
-    out = held_out(names, holdout.fraction, seed)[groups]
+        values = (samples.meta(i)[key] for samples in shards for i in range(len(samples)))
+        names = [json.dumps(value, sort_keys=True) for value in values]
+    out = held_out(names, holdout.fraction, seed)
     return [out[start:stop] for start, stop in itertools.pairwise(starts)]
+
+
+def _picture_groups(shards: Sequence[ShardSet]) -> list[str]:
+    """Of each sample of all sources: a name that it shares with those that show one of its pictures, also through
+    others. It is the least hash of the group's pictures, or the sample's own where it shows none."""
+    starts = np.cumsum([0, *(len(samples) for samples in shards)])
+    names = [f"{samples.fingerprint}:{key}" for samples in shards for key in samples.keys()]  # noqa: SIM118
+    found = [samples.pictures() for samples in shards]
+    owners = np.concatenate([own + start for (own, _), start in zip(found, starts, strict=False)])
+    unique, pictures = np.unique(np.concatenate([hashes for _, hashes in found]), return_inverse=True)
+    groups = components(int(starts[-1]), owners, pictures)
+    least = np.full(int(starts[-1]), len(unique))
+    np.minimum.at(least, groups[owners], pictures)
+    of_group = [bytes(unique[place]).hex() if place < len(unique) else "" for place in least]
+    return [of_group[group] or name for group, name in zip(groups, names, strict=True)]
 
 
 def _titles(sources: Sequence[Source]) -> list[str]:
     """The title of each source, numbered where two are the same."""
-    titles = [source.title for source in sources]
-    return [title if titles.count(title) == 1 else f"{title}-{number}" for number, title in enumerate(titles)]
+    titles: list[str] = []
+    for source in sources:
+        same = (f"{source.title}-{number}" for number in itertools.count(2))
+        titles.append(next(title for title in itertools.chain([source.title], same) if title not in titles))
+    return titles
 
 
 def _costs(assembly: Assembly) -> Costs:
     """Per token of the LLM: attention from 12 H^2 weights a layer, and a picture from the tower's weights."""
     vlm = assembly.vlm
-    width = vlm.language.get_input_embeddings().weight.shape[1]
+    width = int(cast(Any, vlm.language.get_input_embeddings()).weight.shape[1])
     picture = 0.0
     if vlm.vision is not None:
         picture = vlm.vision.tokens * _size(vlm.vision) / _size(vlm.language) / 3  # forward only: a third of training

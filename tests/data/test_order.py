@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import pickle
+import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmit.config import ConfigError, Holdout, parse_config
 from mmit.data.order import Occurrence, Order, Origin, held_out, permutation
+from mmit.data.sample import Sample, SampleError
+from mmit.data.shards import ShardSet, write_shards
+from mmit.model.build import assemble
+from mmit.training.data import StageData, _hold_out, open_stage
+from tests.data.pictures import PICTURES, picture, sample
 
 PINNED = [1, 9, 4, 2, 7, 8, 6, 3, 5, 10, 11, 0]
 PINNED_DIGEST = "c623d8914a84233b2b2323a927955a092358e8401682973636eacae6e759bffe"
@@ -308,3 +319,160 @@ def test_held_out_grows_with_the_share_and_changes_with_the_seed() -> None:
     assert not (small & ~large).any()
     assert (held_out(names, 0.3, 1) != large).any()
     assert (held_out(names[::-1], 0.3, 0)[::-1] == large).all()
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> list[ShardSet]:
+    """Two sources of 120 samples with none to three of 90 pictures, many in both sources; meta values likewise."""
+    chance = random.Random(5)
+    data = [bytes([n]) + PICTURES[0].sha256[2:].encode() for n in range(90)]
+    pictures = [replace(PICTURES[0], sha256=hashlib.sha256(item).hexdigest()) for item in data]
+    sets = []
+    for number in range(2):
+        made = []
+        for n in range(120):
+            shown = chance.sample(pictures, chance.choice([0, 1, 1, 1, 2]))
+            made.append(sample(n, *shown, patient=chance.randrange(40), note=chance.choice(["a", 1, None])))  # type: ignore[arg-type]
+        sets.append(Held(f"set {number}", made))
+    return sets  # type: ignore[return-value]
+
+
+class Held:
+    """What holding out asks of a shard set, told from samples in memory."""
+
+    def __init__(self, fingerprint: str, samples: list[Sample]) -> None:
+        self.fingerprint, self.samples = fingerprint, samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def keys(self) -> list[str]:
+        return [item.key for item in self.samples]
+
+    def meta(self, i: int) -> dict[str, Any]:
+        return dict(self.samples[i].meta)
+
+    def meta_groups(self, key: str) -> None:
+        for item in self.samples:
+            if key not in item.meta:
+                raise SampleError(f"{item.key}: has no meta value {key!r}")
+
+    def pictures(self) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [(n, bytes.fromhex(shown.sha256)) for n, item in enumerate(self.samples) for shown in item.images]
+        return np.array([n for n, _ in pairs], dtype=np.int64), np.array([digest for _, digest in pairs], dtype="S32")
+
+
+def sides(sets: list[Any], by: str, fraction: float = 0.3, seed: int = 0) -> list[np.ndarray]:
+    return _hold_out(sets, Holdout(fraction=fraction, by=by), seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_picture_is_on_both_sides_in_any_source(pictured: list[Any], seed: int) -> None:
+    out = sides(pictured, "picture", seed=seed)
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    for held, mask in zip(pictured, out, strict=True):
+        for item, is_out in zip(held.samples, mask, strict=True):
+            seen[bool(is_out)] |= {shown.sha256 for shown in item.images}
+    assert not seen[True] & seen[False]
+    assert any(mask.any() for mask in out)
+    assert not all(mask.all() for mask in out)
+
+
+def test_a_picture_is_on_its_side_whatever_the_order_of_sources(pictured: list[Any]) -> None:
+    first, second = sides(pictured, "picture")
+    again_second, again_first = sides(pictured[::-1], "picture")
+    assert (first == again_first).all()
+    assert (second == again_second).all()
+
+
+def test_a_meta_value_is_on_one_side_in_all_sources_and_the_share_is_about_the_fraction(pictured: list[Any]) -> None:
+    for key in ("patient", "note"):
+        out = sides(pictured, f"meta.{key}")
+        found = {
+            (json.dumps(item.meta[key]), bool(is_out))
+            for held, mask in zip(pictured, out, strict=True)
+            for item, is_out in zip(held.samples, mask, strict=True)
+        }
+        assert len(found) == len({value for value, _ in found})
+    share = np.mean([np.concatenate(sides(pictured, "meta.patient", seed=seed)).mean() for seed in range(30)])
+    assert abs(share - 0.3) < 0.06
+    with pytest.raises(SampleError, match="has no meta value 'doctor'"):
+        sides(pictured, "meta.doctor")
+
+
+def test_samples_are_held_out_one_by_one_at_about_the_share(pictured: list[Any]) -> None:
+    out = sides(pictured, "sample")
+    assert abs(np.concatenate(out).mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 240)
+    assert (sides(pictured[:1], "sample")[0] == out[0]).all()
+
+
+def test_holding_out_many_groups_takes_no_time_of_their_square() -> None:
+    """200,000 groups were a matrix of 200,000 x 200,000 comparisons."""
+    names = [f"patient {n}" for n in range(100_000)]
+    many = Held("many", [])
+    many.__dict__["keys"] = lambda: names
+    many.__dict__["meta"] = lambda i: {"patient": names[i]}
+    many.samples = range(len(names))  # type: ignore[assignment]
+    many.__dict__["meta_groups"] = lambda key: None
+    (out,) = sides([many], "meta.patient", 0.1)
+    assert 0.09 < out.mean() < 0.11
+
+
+def opened(tmp_path: Path, stages: list[dict[str, Any]], number: int, **changes: Any) -> StageData:
+    language = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 1, "image_size": 8, "patch_size": 4}
+    tree = {
+        "output": str(tmp_path / "run"),
+        "model": {
+            "language": {"random": language | {"num_attention_heads": 1}},
+            "vision": {"library": "transformers", "random": vision},
+        },
+        "stages": [{"train": {"language": {"lr": 1}}, "batch_size": 4, "max_tokens": 500} | stage for stage in stages],
+    }
+    config = parse_config(tree | changes, "test")
+    assembly = assemble(config.model, seed=0)
+    stage = config.stages[number]
+    return open_stage(config, stage, assembly, cache=tmp_path / "cache", on_cuda=False, rank=0, ranks=1)
+
+
+def test_what_a_stage_holds_out_an_earlier_stage_has_not_trained_on(tmp_path: Path) -> None:
+    """Also where a sample of the later stage ties two pictures of the earlier one together."""
+    pictures = [picture(9, 9, seed=n) for n in range(24)]
+    first = write_shards([sample(n, pictures[n]) for n in range(24)], tmp_path / "first")
+    tied = [sample(n, pictures[n + 8], pictures[n]) for n in range(8)]
+    second = write_shards(tied, tmp_path / "second")
+    stages = [
+        {"name": "one", "data": [{"shards": str(first.folder)}]},
+        {"name": "two", "data": [{"shards": str(second.folder)}]},
+    ]
+    changes: dict[str, Any] = {"seed": 1, "eval": {"holdout": {"fraction": 0.4}}}
+    sets = {0: first, 1: second}
+    trained, held = [], []
+    for number in range(2):
+        data = opened(tmp_path, stages, number, **changes)
+        assert data.held_out is not None
+        for steps, found in ((data.training, trained), (data.held_out, held)):
+            indices = steps.order.origins[0].indices.tolist()
+            found.append({digest for i in indices for digest in sets[number].picture_hashes(i)})
+    assert trained[0]
+    assert held[1]
+    assert not (trained[0] | trained[1]) & (held[0] | held[1])
+
+
+def test_sources_of_one_name_are_told_apart_also_those_only_evaluated(tmp_path: Path) -> None:
+    for place in ("a", "b", "c"):
+        write_shards([sample(n) for n in range(4)], tmp_path / place / "set")
+    sources = [{"shards": str(tmp_path / place / "set")} for place in ("a", "b", "c")]
+    stages = [{"name": "one", "data": [*sources[:2], sources[0] | {"name": "set-2"}]}]
+    data = opened(tmp_path, stages, 0, eval={"data": [sources[2]]})
+    assert data.titles == ["set", "set-2", "set-2-2", "set-3"]
+    assert data.held_out is not None
+    assert [encoder.source for encoder in data.held_out.encoders] == [3]
+
+
+def test_a_stage_without_a_step_is_refused(tmp_path: Path) -> None:
+    write_shards([sample(n) for n in range(4)], tmp_path / "set")
+    stages = [{"name": "one", "data": [{"shards": str(tmp_path / "set"), "repeat": 0.01}]}]
+    with pytest.raises(ConfigError, match=r"stages\.one: 1 epochs are no step; raise epochs or repeat"):
+        opened(tmp_path, stages, 0)
