@@ -288,6 +288,11 @@ class Config(Section):
     """Compute precision; auto: bf16 on a GPU that has it, else fp32. Trained parameters are fp32 in any case (fp64 for
     tests of exactness)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How several ranks share the model: `ddp` replicates it; `fsdp` shards parameters, gradients and optimizer state;
+    `hsdp` shards within a node and replicates between nodes."""
+    offload: bool = False
+    """fsdp, hsdp: keep shards and optimizer state in the memory of the CPU."""
     workers: NonNegativeInt = 2
     """Loader processes of each rank; no number changes a result."""
     threads: PositiveInt | None = None
@@ -297,6 +302,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stages_fit_the_model(self) -> Config:
+        if self.offload and self.parallel == "ddp":
+            raise ValueError("offload keeps shards on the CPU and needs parallel: fsdp or hsdp")
         names = [stage.name for stage in self.stages]
         faults = [
             f"two stages are called {n!r}; give each its own name" for n in dict.fromkeys(names) if names.count(n) > 1

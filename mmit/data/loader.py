@@ -58,6 +58,11 @@ class Step:
     unlabelled: int
     """Samples in which nothing is learned."""
 
+    @property
+    def supervised(self) -> int:
+        """Tokens that this rank learns from."""
+        return sum(len(row.predicts) for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Rendering:
@@ -190,10 +195,8 @@ class Steps(Dataset[Step]):
         loads = [Load(len(example.ids), tuple(_shown(example))) for _, example in ready]
         dealt = deal(loads, self.ranks, row_tokens=self.row_tokens, row_images=self.row_images, costs=self.costs)
         rows = []
-        for micro_step, row in enumerate(dealt[self.rank]):
-            others = (i for rank in dealt for i in rank[micro_step])
-            touch_vision = any(loads[i].pictures for i in others)
-            packed, faults = self._row([ready[i] for i in row], touch_vision=touch_vision)
+        for row in dealt[self.rank]:
+            packed, faults = self._row([ready[i] for i in row], touch_vision=self.ranks > 1)
             rows.append(packed)
             holes.extend(faults.values())
             lost.update(row[place] for place in faults)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from mmit.config import ConfigError
 from mmit.data.packing import Example, Row, pack
@@ -17,16 +16,19 @@ LARGE = 40.0
 
 
 @torch.no_grad()
-def probe_isolation(vlm: VLM, device: torch.device) -> None:
-    """ConfigError unless a conversation's hidden states keep their bits when its neighbours in the row change."""
+def probe_isolation(model: nn.Module, vlm: VLM, device: torch.device) -> None:
+    """ConfigError unless a conversation's hidden states keep their bits when its neighbours in the row change.
+
+    `model` is `vlm` as it is spread over ranks: only its forward may be called.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = [_random_ids(vlm, length, generator) for length in LENGTHS]
     others = [_random_ids(vlm, length, generator) for length in LENGTHS]
     begin, end = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
     was_training = _pause(vlm)
     try:
-        kept = _states(vlm, [ids[0], ids[1], ids[2]], device)[begin:end]
-        beside_others = _states(vlm, [others[0], ids[1], others[2]], device)[begin:end]
+        kept = _states(model, [ids[0], ids[1], ids[2]], device)[begin:end]
+        beside_others = _states(model, [others[0], ids[1], others[2]], device)[begin:end]
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -46,30 +48,32 @@ def probe_isolation(vlm: VLM, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def probe_head(vlm: VLM, device: torch.device) -> bool:
+def probe_head(model: nn.Module, vlm: VLM, device: torch.device) -> bool:
     """Whether our head in pieces gives the model's own losses: false for models that cap or scale their logits.
 
     Logits are made large for it: those of a model that has not learned yet are too small for a cap to show.
     """
+    head = vlm.language.get_output_embeddings()
+    if head is None:
+        return False
     generator = torch.Generator().manual_seed(0)
     row = _row([_random_ids(vlm, length, generator) for length in LENGTHS], learned=True).to(device)
-    was_training = _pause(vlm)
-    chunk, vlm.chunk = vlm.chunk, None
-    head = vlm.language.get_output_embeddings()
-    equal = False
-    if head is not None:
-        states = vlm.hidden(row, vlm.embed(row))[0, row.predicts]
-        scale = LARGE / float(head(states).float().std())
-        hook = head.register_forward_hook(lambda _module, _inputs, logits: logits * scale)
-        try:
-            own = vlm(row)
-            ours = functional.cross_entropy(head(states).to(own.dtype), row.targets, reduction="none")
-        finally:
-            hook.remove()
-        equal = bool(torch.allclose(own, ours, rtol=1e-5, atol=1e-5))
-    vlm.chunk = chunk
-    _resume(was_training)
-    return equal
+    was_training, chunk = _pause(vlm), vlm.chunk
+    spread: list[float] = []
+    vlm.chunk = None
+    hook = head.register_forward_hook(lambda _module, _inputs, logits: spread.append(float(logits.float().std())))
+    try:
+        model(row)
+        hook.remove()
+        hook = head.register_forward_hook(lambda _module, _inputs, logits: logits * (LARGE / spread[0]))
+        own = model(row)
+        vlm.chunk = len(row.predicts) // 2
+        ours = model(row)
+    finally:
+        hook.remove()
+        vlm.chunk = chunk
+        _resume(was_training)
+    return bool(torch.allclose(own, ours, rtol=1e-5, atol=1e-5))
 
 
 def chunk_for(vlm: VLM) -> int:
@@ -91,9 +95,8 @@ def _row(ids: list[Tensor], *, learned: bool) -> Row:
     return pack(examples, [], [], touch_vision=False)
 
 
-def _states(vlm: VLM, ids: list[Tensor], device: torch.device) -> Tensor:
-    row = _row(ids, learned=False).to(device)
-    return vlm.hidden(row, vlm.embed(row))[0]
+def _states(model: nn.Module, ids: list[Tensor], device: torch.device) -> Tensor:
+    return model(_row(ids, learned=False).to(device), states=True)[0]
 
 
 def _pause(vlm: VLM) -> list[torch.nn.Module]:

@@ -27,11 +27,16 @@ class VLM(nn.Module):
         self.projector = projector
         self.language = language
         self.chunk: int | None = None
-        """Supervised tokens above which our own head makes the logits, this many at a time; None: never. See `probes`."""
+        """Supervised tokens above which our own head makes the logits, so many at a time; None: never (`probes`)."""
 
-    def forward(self, row: Row) -> Tensor:
-        """The loss of each supervised token, `(K,)`, not reduced: -log p(target | what precedes it in its sample)."""
+    def forward(self, row: Row, *, states: bool = False) -> Tensor:
+        """The loss of each supervised token, `(K,)`, not reduced: -log p(target | what precedes it in its sample).
+
+        With `states`, the hidden states `(1, T, H)` instead.
+        """
         embeds = self.embed(row)
+        if states:
+            return self.hidden(row, embeds)
         if self.chunk is not None and len(row.predicts) > self.chunk:
             return self._chunked_losses(self.hidden(row, embeds)[0, row.predicts], row.targets)
         logits = self.language(**self._arguments(row, embeds), logits_to_keep=row.predicts).logits[0]

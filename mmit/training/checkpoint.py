@@ -12,16 +12,23 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as distributed_checkpoint
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from mmit.config import ConfigError
 from mmit.model.build import read_tensors
+from mmit.training import parallel
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +36,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
+"""A folder of torch.distributed.checkpoint's, in safetensors: written by all ranks, read by any number of them."""
 NAME = re.compile(r"(?P<stage>.+)-step-(?P<step>\d+)")
 
 
@@ -44,8 +52,8 @@ class Checkpoint:
     folder: Path
     state: Mapping[str, Any]
 
-    def tensors(self, file: str = MODEL) -> dict[str, Tensor]:
-        return read_tensors(self.folder / file)
+    def tensors(self) -> dict[str, Tensor]:
+        return read_tensors(self.folder / MODEL)
 
     @property
     def step(self) -> int:
@@ -58,36 +66,82 @@ class Checkpoint:
 
 def save(
     folder: Path,
+    accelerator: Accelerator,
     *,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    add_files: Callable[[Path], None] | None = None,
-) -> Checkpoint:
-    """Writes `folder` at once or not at all. `tensors` maps file names to what they hold; `add_files` adds more."""
+    add_files: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes `folder` at once or not at all. `add_files` adds what is not a tensor of the model or the optimizer.
+
+    Every rank must call it; rank 0 writes the model's tensors (whole, also where they are sharded), and each rank its
+    shards of the optimizer. OSError on every rank if one could not write; the older checkpoints are untouched.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        for name, content in tensors.items():
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, temporary / name)
-        record = {"format": FORMAT} | dict(state)
+    record = {"format": FORMAT} | dict(state)
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        save_file(whole, temporary / MODEL)
         (temporary / STATE).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
-        if add_files is not None:
-            add_files(temporary)
+        add_files(temporary)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         manifest = {str(file.relative_to(temporary)): _flushed_sha256(file) for file in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         _flushed_sha256(temporary / MANIFEST)
         _flush_folder(temporary)
+        if folder.exists():  # the same step saved again after a resume: the same bits
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _flush_folder(folder.parent)
+
+    whole = _gathered(tensors, keep=accelerator.is_main_process)
+    try:
+        parallel.on_main(accelerator, begin)
+        parallel.on_all(accelerator, lambda: _write_shards(optimizer, temporary / OPTIMIZER, accelerator))
+        parallel.on_main(accelerator, finish)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if folder.exists():  # the same step saved again after a resume: the same bits
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _flush_folder(folder.parent)
-    return Checkpoint(folder, record)
+
+
+def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU where `keep` is true. One at a time: a rank never holds more than one shard's whole."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = parallel.whole(tensor.detach())
+        if keep:
+            found[name] = full.cpu().contiguous()
+    return found
+
+
+def _write_shards(tensors: Mapping[str, Tensor], folder: Path, accelerator: Accelerator) -> None:
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    if sharded or accelerator.is_main_process:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        with _quiet_alone():
+            distributed_checkpoint.save(dict(tensors), storage_writer=writer, no_dist=not sharded)
+
+
+def read_shards(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Reads the optimizer's tensors into `tensors`, whose own layout over ranks may be another."""
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    reader = HuggingFaceStorageReader(str(checkpoint.folder / OPTIMIZER))
+    with _quiet_alone():
+        distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=not sharded)
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """Without the warning that there is one process, which is what `no_dist` says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def load(folder: Path) -> Checkpoint:

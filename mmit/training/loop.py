@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mmit.config import Config, ConfigError, Stage
@@ -24,9 +24,10 @@ from mmit.data.loader import Step, load
 from mmit.data.packing import Row
 from mmit.model.build import Assembly, set_modes, set_trained
 from mmit.model.probes import chunk_for, probe_head, probe_isolation
-from mmit.training import state
+from mmit.training import parallel, state
 from mmit.training.data import StageData, open_stage, too_long
 from mmit.training.optim import build_optimizer, set_rates
+from mmit.training.parallel import whole
 from mmit.training.run import Interrupted, RunDirectory, StopFlag
 from mmit.training.runlog import RunLog
 from mmit.training.start import initialise_projector, table_of_parts
@@ -42,16 +43,16 @@ def train(config: Config, *, asked: str) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run, stop = RunDirectory(Path(config.output)), StopFlag()
-    accelerator = _accelerator(config)
-    with run.locked(), stop.listening():
-        run.begin(asked)
+    accelerator = parallel.start(config)
+    with ExitStack() as held:
+        held.enter_context(stop.listening())
+        parallel.on_main(accelerator, lambda: (held.enter_context(run.locked()), run.begin(asked)))
         for number in range(_stage_to_go_on_with(config, run), len(config.stages)):
             if stop.set:
                 name = config.stages[number].name
                 raise Interrupted(f"stopped before stage {name}; the same command goes on from there")
             _train_stage(config, number, run, accelerator, stop)
-            accelerator.free_memory()  # it keeps every model it prepared: the next stage would train beside this one
-        state.finish(config, run)
+        parallel.on_main(accelerator, lambda: state.finish(config, run))
     return run.final
 
 
@@ -82,14 +83,14 @@ def _train_stage(config: Config, number: int, run: RunDirectory, accelerator: Ac
         initialise_projector(config, assembly, data.training)
     trained, frozen = _dtypes(config, device)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
-    assembly.vlm.to(device)
     set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
+    model = parallel.spread(assembly.vlm, config.parallel, accelerator, offload=config.offload)
     optimizer = build_optimizer(assembly, stage)
     start = state.resume(assembly, optimizer, resumed, data) if resumed is not None else 0
     with accelerator.autocast():
-        probe_isolation(assembly.vlm, device)
-        assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device) else None
-    model = accelerator.prepare_model(assembly.vlm)
+        probe_isolation(model, assembly.vlm, device)
+        assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(model, assembly.vlm, device) else None
+    parallel.reshard(model)
 
     with RunLog(run.folder, stage.name, total=data.total, start=start, active=accelerator.is_main_process) as log:
         log.say(table_of_parts(config, stage, assembly, data))
@@ -100,8 +101,9 @@ def _train_stage(config: Config, number: int, run: RunDirectory, accelerator: Ac
         reached = Gradients(assembly)
         clock = time.monotonic()
         for step in _steps(data, start, config.workers):
+            supervised, stopping = parallel.agreed(accelerator, step.supervised, stop.set)
             share = set_rates(optimizer, stage, step.number, data.total)
-            losses = _forward_backward(config, model, step, accelerator, len(data.titles))
+            losses = _forward_backward(config, model, step, supervised, accelerator, len(data.titles))
             norm = _finite_norm(optimizer, losses, step, stage)
             optimizer.step()
             reached.check(step)
@@ -113,28 +115,29 @@ def _train_stage(config: Config, number: int, run: RunDirectory, accelerator: Ac
             last = done == data.total
             if data.held_out is not None and config.eval and (last or done % config.eval.every == 0):
                 log.evaluation(_evaluate(stage, model, data, done, accelerator, config.workers))
-            if last or stop.set or done % config.save.every == 0:
-                state.save(config, number, run, assembly, optimizer, data, done, accelerator.is_main_process)
-            if stop.set and not last:
+            if last or stopping or done % config.save.every == 0:
+                state.save(config, number, run, assembly, optimizer, data, done, accelerator)
+            if stopping and not last:
                 raise Interrupted(
                     f"stopped after step {done} of stage {stage.name}; the same command goes on from there"
                 )
             clock = time.monotonic()
 
 
-def _forward_backward(config: Config, model: nn.Module, step: Step, accelerator: Accelerator, sources: int) -> Tensor:
+def _forward_backward(
+    config: Config, model: nn.Module, step: Step, supervised: int, accelerator: Accelerator, sources: int
+) -> Tensor:
     """Gradients of the step's loss. Returns (sources, 2): summed loss and supervised tokens of each, over all ranks."""
-    supervised = torch.tensor(sum(len(row.predicts) for row in step.rows), device=accelerator.device)
-    supervised = int(accelerator.reduce(supervised))
     sums = torch.zeros(sources, 2, dtype=torch.float64, device=accelerator.device)
     for micro_step, row in enumerate(step.rows):
         row = row.to(accelerator.device)
         torch.manual_seed(_dropout_seed(config.seed, step.number, accelerator.process_index, micro_step))
-        with accelerator.autocast():
-            losses = model(row)
-        if losses.requires_grad:  # not in a row without pictures where the projector alone is trained
-            # Every rank's gradient is averaged over ranks; the loss is a sum over the step's tokens on all of them.
-            accelerator.backward(losses.sum() * (accelerator.num_processes / max(supervised, 1)))
+        with parallel.accumulating(model, last=micro_step == len(step.rows) - 1):
+            with accelerator.autocast():
+                losses = model(row)
+            if losses.requires_grad:  # not in a row without pictures where the projector alone is trained
+                # Ranks average their gradients; the loss is a sum over the step's tokens on all of them.
+                accelerator.backward(losses.sum() * (accelerator.num_processes / max(supervised, 1)))
         _add_by_source(sums, losses, row)
     return accelerator.reduce(sums)
 
@@ -155,6 +158,7 @@ def _evaluate(
                 _add_by_source(sums, model(row), row)
     for module in modes:
         module.training = True
+    parallel.reshard(model)
     sums = accelerator.reduce(sums)
     losses = {title: total / count for title, (total, count) in zip(data.titles, sums.tolist(), strict=True) if count}
     return {"stage": stage.name, "step": done, "held_out": losses, "supervised": int(sums[:, 1].sum())}
@@ -174,7 +178,7 @@ class Gradients:
         learned = any(len(row.predicts) for row in step.rows)
         self._chances["text"] += learned
         self._chances["picture"] += any(_learns_from_pictures(row) for row in step.rows)
-        for name in [name for name, p in self._waiting.items() if p.grad is not None and bool(p.grad.any())]:
+        for name in [name for name, p in self._waiting.items() if p.grad is not None and bool(whole(p.grad).any())]:
             del self._waiting[name]
         late = [
             name for name in self._waiting if self._chances["text" if name.startswith("language.") else "picture"] >= 2
@@ -182,8 +186,8 @@ class Gradients:
         if late:
             raise ConfigError(
                 f"train: {len(late)} parameters are declared trained but got no gradient in two steps "
-                f"({', '.join(late[:3])}{', ...' if len(late) > 3 else ''}); take their part out of `train`, or this is "
-                f"a model whose forward pass does not use them"
+                f"({', '.join(late[:3])}{', ...' if len(late) > 3 else ''}); take their part out of `train`, or this "
+                f"is a model whose forward pass does not use them"
             )
 
 
@@ -208,11 +212,11 @@ def _finite_norm(optimizer: torch.optim.Optimizer, sums: Tensor, step: Step, sta
     """Clips the gradient and returns its norm; FloatingPointError, before any update, if loss or norm is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     limit = stage.clip if stage.clip is not None else float("inf")
-    norm = float(nn.utils.clip_grad_norm_(parameters, limit)) if parameters else 0.0
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters, limit))) if parameters else 0.0
     if not (torch.isfinite(sums).all() and norm < float("inf")):
         samples = ", ".join(where for row in step.rows for where in row.samples)
         raise FloatingPointError(
-            f"stage {stage.name}, step {step.number + 1}: the loss or gradient is not finite (norm {norm}); nothing was "
+            f"stage {stage.name}, step {step.number + 1}: loss or gradient is not finite (norm {norm}); nothing was "
             f"updated. Its samples: {samples}. Lower the learning rate, or look at them with `mmit-data show`"
         )
     return norm
@@ -240,15 +244,6 @@ def _record(stage: Stage, step: Step, sums: Tensor, data: StageData) -> dict[str
 def _dropout_seed(seed: int, step: int, rank: int, micro_step: int) -> int:
     digest = hashlib.sha256(f"dropout {seed} {step} {rank} {micro_step}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
-
-
-def _accelerator(config: Config) -> Accelerator:
-    """Device, autocast and backward; loaders and schedules stay ours (accelerate would shard and step them anew)."""
-    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda and torch.cuda.is_bf16_supported())
-    # accelerate keeps the precision of the process's first run for good, and refuses another.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=not on_cuda, mixed_precision="bf16" if bf16 else "no")
 
 
 def _dtypes(config: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -1,4 +1,4 @@
-"""Before step 0: the projector's start from real features, and the table of what trains and what will load the result."""
+"""Before step 0: the projector's start from real features, and the table of what trains."""
 
 from __future__ import annotations
 

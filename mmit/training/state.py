@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -61,10 +63,11 @@ def resume(assembly: Assembly, optimizer: torch.optim.Optimizer, found: Checkpoi
     changed = [title for title, fingerprint in data.fingerprints.items() if before.get(title) != fingerprint]
     if changed or found.state["total"] != data.total:
         raise ConfigError(
-            f"{found.folder}: the data of the stage has changed since (sources {changed or 'same'}; {data.total} steps, "
+            f"{found.folder}: the stage's data has changed since (sources {changed or 'same'}; {data.total} steps, "
             f"then {found.state['total']}); put it back, or name another output"
         )
-    flat: dict[str, Any] = {**found.tensors(checkpoint.OPTIMIZER), **found.state["optimizer"]}
+    flat = get_optimizer_state_dict(assembly.vlm, optimizer, options=FLAT)
+    checkpoint.read_shards(found, moments(flat))
     set_optimizer_state_dict(assembly.vlm, optimizer, flat, options=FLAT)
     return found.step
 
@@ -77,32 +80,29 @@ def save(
     optimizer: torch.optim.Optimizer,
     data: StageData,
     done: int,
-    main: bool,
+    accelerator: Accelerator,
 ) -> None:
-    """Writes the checkpoint of step `done` and removes the stage's older ones."""
-    if not main:
-        return
+    """Writes the checkpoint of step `done` and removes the stage's older ones. Every rank must call it."""
     stage = config.stages[number]
     flat = get_optimizer_state_dict(assembly.vlm, optimizer, options=FLAT)
     finished = done == data.total
     checkpoint.save(
         run.checkpoints / f"{stage.name}-step-{done}",
-        tensors={
-            checkpoint.MODEL: kept_tensors(assembly),
-            checkpoint.OPTIMIZER: {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)},
-        },
+        accelerator,
+        tensors=kept_tensors(assembly),
+        optimizer=moments(flat),
         state={
             "stage": stage.name,
             "step": done,
             "total": data.total,
             "finished": finished,
             "data": data.fingerprints,
-            "optimizer": {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)},
             "model": describe(config, number, assembly),
         },
         add_files=lambda folder: add_model_files(folder, assembly),
     )
-    checkpoint.prune(run.checkpoints, stage.name, step=done, keep=1 if finished else config.save.keep)
+    if accelerator.is_main_process:
+        checkpoint.prune(run.checkpoints, stage.name, step=done, keep=1 if finished else config.save.keep)
 
 
 def finish(config: Config, run: RunDirectory) -> None:
@@ -121,6 +121,11 @@ def finish(config: Config, run: RunDirectory) -> None:
     (temporary / "model.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     shutil.rmtree(run.final, ignore_errors=True)
     temporary.rename(run.final)
+
+
+def moments(flat: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of an optimizer's flat state; the rest are settings, which the config says again."""
+    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
 
 
 def kept_tensors(assembly: Assembly) -> dict[str, torch.Tensor]:

@@ -1,0 +1,136 @@
+"""Ranks: how a model is spread over them, and what they agree on. One process is one rank, with nothing to agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Literal, cast
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mmit.config import Config, ConfigError
+from mmit.model.vlm import VLM
+
+Spread = Literal["ddp", "fsdp", "hsdp"]
+
+TIMEOUT = timedelta(minutes=5)
+"""How long a rank waits for the others before it gives up; longer than any step, evaluation or save."""
+
+
+def start(config: Config) -> Accelerator:
+    """Device, autocast, backward and the process group; loaders and schedules stay ours (accelerate would split and
+    step them anew)."""
+    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda and torch.cuda.is_bf16_supported())
+    # accelerate keeps the precision of the process's first run for good, and refuses another.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    group = InitProcessGroupKwargs(timeout=TIMEOUT)
+    return Accelerator(cpu=not on_cuda, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[group])
+
+
+def spread(vlm: VLM, how: Spread, accelerator: Accelerator, *, offload: bool) -> nn.Module:
+    """The model over all ranks: replicated (`ddp`), or its trained and frozen language weights sharded (`fsdp`; `hsdp`
+    within a node, replicated between nodes).
+
+    A frozen tower is replicated in any case: it is small beside the language model and runs outside autograd.
+    """
+    if how == "ddp":
+        vlm.to(accelerator.device)
+        if accelerator.num_processes == 1:
+            return vlm
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+        return DistributedDataParallel(
+            vlm, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+    if not torch.distributed.is_initialized():
+        raise ConfigError(f"parallel: {how} needs ranks; start with torchrun --nproc-per-node N -m mmit train ...")
+    mesh = _mesh(how, accelerator)
+    bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
+    replicated = {p for p in vlm.vision.parameters() if vlm.vision.frozen} if vlm.vision is not None else set()
+    for layer in _layers(vlm):
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offloading)
+    if vlm.vision is not None:
+        vlm.vision.to(accelerator.device)
+    return fully_shard(vlm, mesh=mesh, mp_policy=precision, offload_policy=offloading, ignored_params=replicated)
+
+
+def accumulating(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Around a micro-step: replicas exchange gradients once a step, after the last; shards do so in each."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, on every rank; every rank must ask. Any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """After forward passes without a backward one: the root keeps its weights whole until a backward pass, and whoever
+    asked for the parameters meanwhile (an optimizer, a checkpoint) would get the wrong objects."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+class OtherRankFailed(OSError):
+    """Another rank met a fault, and says which; this rank has nothing to add."""
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Runs `action` on rank 0 while the others wait; if it fails there, all of them stop."""
+    on_all(accelerator, action if accelerator.is_main_process else lambda: None)
+
+
+def on_all(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Runs `action` on every rank; if it fails on one, all of them stop."""
+    fault: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        fault = error
+    (failed,) = agreed(accelerator, fault is not None)
+    if fault is not None:
+        raise fault
+    if failed:
+        raise OtherRankFailed("another rank has stopped")
+
+
+def agreed(accelerator: Accelerator, *values: int) -> list[int]:
+    """Each value summed over all ranks."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return cast(Tensor, accelerator.reduce(torch.tensor(values, device=accelerator.device))).tolist()
+
+
+def _mesh(how: Spread, accelerator: Accelerator) -> DeviceMesh:
+    kind, ranks = accelerator.device.type, accelerator.num_processes
+    if how == "fsdp":
+        return init_device_mesh(kind, (ranks,))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if ranks % local or ranks == local:
+        raise ConfigError(
+            f"parallel: hsdp replicates between nodes, but there are {ranks} ranks, {local} on this node; use fsdp"
+        )
+    return init_device_mesh(kind, (ranks // local, local), mesh_dim_names=("replicas", "shards"))
+
+
+def _layers(vlm: VLM) -> Iterator[nn.Module]:
+    """The decoder layers of the language model: the longest module list in it."""
+    lists = [module for module in vlm.language.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"parallel: {type(vlm.language).__name__} has no list of layers to shard; use parallel: ddp")
+    yield from max(lists, key=len)
