@@ -16,11 +16,12 @@ LARGE = 40.0
 
 
 @torch.no_grad()
-def probe_isolation(model: nn.Module, vlm: VLM, device: torch.device) -> None:
+def probe_isolation(vlm: VLM, device: torch.device, *, through: nn.Module | None = None) -> None:
     """ConfigError unless a conversation's hidden states keep their bits when its neighbours in the row change.
 
-    `model` is `vlm` as it is spread over ranks: only its forward may be called.
+    `through` is the model as it is spread over ranks, if it is: then only its forward may be called.
     """
+    model = vlm if through is None else through
     generator = torch.Generator().manual_seed(0)
     ids = [_random_ids(vlm, length, generator) for length in LENGTHS]
     others = [_random_ids(vlm, length, generator) for length in LENGTHS]
@@ -48,12 +49,12 @@ def probe_isolation(model: nn.Module, vlm: VLM, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def probe_head(model: nn.Module, vlm: VLM, device: torch.device) -> bool:
+def probe_head(vlm: VLM, device: torch.device, *, through: nn.Module | None = None) -> bool:
     """Whether our head in pieces gives the model's own losses: false for models that cap or scale their logits.
 
     Logits are made large for it: those of a model that has not learned yet are too small for a cap to show.
     """
-    head = vlm.language.get_output_embeddings()
+    model, head = vlm if through is None else through, vlm.language.get_output_embeddings()
     if head is None:
         return False
     generator = torch.Generator().manual_seed(0)

@@ -72,8 +72,8 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     add_files: Callable[[Path], None] = lambda folder: None,
-) -> None:
-    """Writes `folder` at once or not at all. `add_files` adds what is not a tensor of the model or the optimizer.
+) -> Path:
+    """Writes `folder` at once or not at all, and returns it. `add_files` adds what is not a tensor of the model or the optimizer.
 
     Every rank must call it; rank 0 writes the model's tensors (whole, also where they are sharded), and each rank its
     shards of the optimizer. OSError on every rank if one could not write; the older checkpoints are untouched.
@@ -108,6 +108,7 @@ def save(
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return folder
 
 
 def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

@@ -88,8 +88,8 @@ def _train_stage(config: Config, number: int, run: RunDirectory, accelerator: Ac
     optimizer = build_optimizer(assembly, stage)
     start = state.resume(assembly, optimizer, resumed, data) if resumed is not None else 0
     with accelerator.autocast():
-        probe_isolation(model, assembly.vlm, device)
-        assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(model, assembly.vlm, device) else None
+        probe_isolation(assembly.vlm, device, through=model)
+        assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device, through=model) else None
     parallel.reshard(model)
 
     with RunLog(run.folder, stage.name, total=data.total, start=start, active=accelerator.is_main_process) as log:

@@ -63,8 +63,8 @@ def resume(assembly: Assembly, optimizer: torch.optim.Optimizer, found: Checkpoi
     changed = [title for title, fingerprint in data.fingerprints.items() if before.get(title) != fingerprint]
     if changed or found.state["total"] != data.total:
         raise ConfigError(
-            f"{found.folder}: the stage's data has changed since (sources {changed or 'same'}; {data.total} steps, "
-            f"then {found.state['total']}); put it back, or name another output"
+            f"{found.folder}: the data of the stage has changed since (sources {changed or 'same'}; now {data.total} "
+            f"steps, then {found.state['total']}); put it back, or name another output"
         )
     flat = get_optimizer_state_dict(assembly.vlm, optimizer, options=FLAT)
     checkpoint.read_shards(found, moments(flat))

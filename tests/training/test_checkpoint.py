@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from mmit.training import checkpoint
 from mmit.training.checkpoint import CheckpointError
 
-TENSORS = {
-    checkpoint.MODEL: {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)},
-    checkpoint.OPTIMIZER: {"state.a.weight.step": torch.tensor(4.0)},
-}
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+MOMENTS = {"state.a.weight.step": torch.tensor(4.0), "state.a.weight.exp_avg": torch.arange(6.0).view(2, 3)}
+MOMENTS_FILE = "optimizer/shard-00001-model-00001-of-00001.safetensors"
 
 
 def save(folder: Path, step: int, *, stage: str = "sft", finished: bool = False) -> checkpoint.Checkpoint:
@@ -25,17 +25,27 @@ def save(folder: Path, step: int, *, stage: str = "sft", finished: bool = False)
         (place / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
 
     state = {"step": step, "finished": finished, "stage": stage}
-    return checkpoint.save(folder / f"{stage}-step-{step}", tensors=TENSORS, state=state, add_files=more)
+    saved = checkpoint.save(
+        folder / f"{stage}-step-{step}",
+        Accelerator(cpu=True),
+        tensors=TENSORS,
+        optimizer=MOMENTS,
+        state=state,
+        add_files=more,
+    )
+    return checkpoint.load(saved)
 
 
 def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
     save(tmp_path, 4, finished=True)
     found = checkpoint.load(tmp_path / "sft-step-4")
     assert (found.step, found.finished) == (4, True)
-    for file, tensors in TENSORS.items():
-        loaded = found.tensors(file)
-        assert loaded.keys() == tensors.keys()
-        assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    loaded = found.tensors()
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
+    moments = {name: torch.zeros_like(tensor) for name, tensor in MOMENTS.items()}
+    checkpoint.read_shards(found, moments)
+    assert all(torch.equal(moments[name], MOMENTS[name]) for name in MOMENTS)
 
 
 def test_a_flipped_byte_in_any_file_is_refused_by_name_and_the_one_before_is_used(
@@ -49,7 +59,7 @@ def test_a_flipped_byte_in_any_file_is_refused_by_name_and_the_one_before_is_use
     assert files == [
         "manifest.json",
         "model.safetensors",
-        "optimizer.safetensors",
+        MOMENTS_FILE,
         "state.json",
         "tokenizer/tokenizer.json",
     ]
