@@ -73,7 +73,7 @@ def save(
     state: Mapping[str, Any],
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
-    """Writes `folder` at once or not at all, and returns it. `add_files` adds what is not a tensor of the model or the optimizer.
+    """Writes `folder` at once or not at all, and returns it. `add_files` adds what is not a tensor.
 
     Every rank must call it; rank 0 writes the model's tensors (whole, also where they are sharded), and each rank its
     shards of the optimizer. OSError on every rank if one could not write; the older checkpoints are untouched.
