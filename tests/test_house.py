@@ -188,8 +188,12 @@ def test_the_gate_sees_what_it_should() -> None:
     assert [source for source in good if dangers(source)] == []
 
 
+CONSIDERED = {"mmit.data.images": 1}
+"""Handlers of any exception that do not raise, by module: damaged EXIF in a good picture, read as no EXIF."""
+
+
 def test_no_fault_is_swallowed() -> None:
-    wrong = []
+    wrong, broad_ones = [], dict.fromkeys(CONSIDERED, 0)
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
@@ -197,8 +201,9 @@ def test_no_fault_is_swallowed() -> None:
                     wrong.append(f"{name}:{node.lineno}: bare except")
                 broad = node.type is not None and ast.unparse(node.type) in ("Exception", "BaseException")
                 if broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
-                    wrong.append(f"{name}:{node.lineno}: except {ast.unparse(node.type)} that never raises")  # type: ignore[arg-type]
+                    broad_ones[name] = broad_ones.get(name, 0) + 1
     assert wrong == []
+    assert broad_ones == CONSIDERED
 
 
 # Commands and the package -------------------------------------------------------------------------------------------
