@@ -116,6 +116,10 @@ def _turn_has(key: str, *inner: str) -> Callable[[Rows], bool]:
     return fits
 
 
+def _is_prompted(rows: Rows) -> bool:
+    return _turn_has("prompt", "role")(rows) and _all("completion")(rows)
+
+
 def _has_marker(rows: Rows) -> bool:
     return _turn_has("messages", "content")(rows) and any("<IMG_CONTEXT>" in str(row["messages"]) for row in rows)
 
@@ -157,10 +161,10 @@ RULES: dict[str, Callable[[Rows], bool]] = {
     "cauldron": _turn_has("texts", "user", "assistant"),
     "trl": lambda rows: (
         any("images" in row or "image" in row for row in rows)
-        and (_turn_has("messages", "role")(rows) or _turn_has("prompt", "role")(rows))
+        and (_turn_has("messages", "role")(rows) or _is_prompted(rows))
         and "<image>" not in str(rows)
     ),
-    "messages": lambda rows: _turn_has("messages", "role")(rows) or _turn_has("prompt", "role")(rows),
+    "messages": lambda rows: _turn_has("messages", "role")(rows) or _is_prompted(rows),
     "mmc4": _all("text_list", "image_info"),
     "obelics": _all("images", "texts"),
     "oasst": lambda rows: _all("message_id", "parent_id")(rows) or (_all("prompt")(rows) and "replies" in str(rows[0])),
@@ -170,6 +174,7 @@ RULES: dict[str, Callable[[Rows], bool]] = {
     "scienceqa": _all("question", "choices", "answer"),
     "refcoco": lambda rows: _all("sentences", "ref_id")(rows) or _all("bbox", "answer", "image")(rows),
     "coco-captions": lambda rows: _all("image", "captions")(rows),
+    "self-instruct": lambda rows: _all("instruction")(rows) and _turn_has("instances", "input", "output")(rows),
     "orca": _all("system_prompt", "question", "response"),
     "dolly": _all("instruction", "context", "response"),
     "magicoder": _all("problem", "solution"),

@@ -49,6 +49,9 @@ FORMATS: dict[str, Format] = {
     "dolly": Format("Dolly: instruction, context, response, category", "alpaca"),
     "magicoder": Format("Magicoder: problem, solution", "alpaca"),
     "evol": Format("Evol-Instruct: instruction, output or response", "alpaca"),
+    "self-instruct": Format(
+        "Self-Instruct, Unnatural Instructions: instruction, instances[input, output]", "self_instruct"
+    ),
     "oasst": Format("OpenAssistant trees, or flat messages with parent_id: the best path of each tree", "oasst"),
     "prompt-target": Format(
         "two fields: prompt and completion, inputs and targets, ... (--set prompt=, target=)", "prompt_target"

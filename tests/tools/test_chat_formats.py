@@ -322,6 +322,28 @@ def test_text_sets_under_their_own_names(run: Converter) -> None:
         assert [flat(sample) for sample in run(format, [row])] == [expected], (format, row)
 
 
+@pytest.mark.shared
+def test_real_seed_tasks_give_a_sample_an_instance(run: Converter, shared: Path) -> None:
+    path = shared / "self_instruct" / "seed_tasks.jsonl"
+    expected = [
+        [
+            ("user", [(row["instruction"] + ("\n" + item["input"] if item["input"] else "")).strip()]),
+            ("assistant", [item["output"].strip()]),
+        ]
+        for row in json_lines(path)
+        for item in row["instances"]
+    ]
+    assert [flat(sample) for sample in run("self-instruct", path)] == expected
+    assert len(expected) >= 175
+
+
+def test_constraints_of_unnatural_instructions_are_told_unless_none(run: Converter) -> None:
+    rows = [
+        {"instruction": "q", "instances": [{"input": "i", "output": "a", "constraints": c}]} for c in ("None.", "Be")
+    ]
+    assert [s.messages[0].text for s in run("self-instruct", rows)] == ["q\ni", "q\ni\nBe"]
+
+
 def test_wrong_p3_answers_are_rejected(run: Converter) -> None:
     row = {"inputs_pretokenized": "q", "targets_pretokenized": "a", "is_correct": False}
     with pytest.raises(RejectedRows, match="is_correct is false"):

@@ -466,6 +466,7 @@ def test_formats_are_told_from_their_rows(tmp_path: Path, row: dict[str, Any], f
         ("llamafactory/mllm_video_demo.json", "video"),
         ("llamafactory/v1_multimodal_demo.jsonl", "messages"),
         ("llava/caps_boxes_coco2014_val_80.jsonl", "coco-captions"),
+        ("self_instruct/seed_tasks.jsonl", "self-instruct"),
         ("xtuner/mllm_sft_single_image_example_data.jsonl", "xtuner"),
         ("xtuner/mllm_sft_text_example_data.jsonl", "messages"),
         ("xtuner/openai_sft.jsonl", "messages"),
