@@ -127,7 +127,7 @@ def test_what_several_sources_lose_adds_up(tmp_path: Path, data: Path, texts: Pa
         assert low <= line["loss"] <= high
 
 
-# What trains, trains; what is frozen keeps its bits ----------------------------------------------------------------------------
+# What trains, trains; what is frozen keeps its bits ---------------------------------------------
 
 
 def final_of(run: Path) -> dict[str, torch.Tensor]:
