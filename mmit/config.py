@@ -215,7 +215,7 @@ class Stage(Section):
     over_long: Literal["cut", "drop"] = "cut"
     """`cut`: trailing turns go, the sample only if its first turn does not fit; `drop`: the sample goes."""
     row_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Most tokens of one packed row, that is of one forward pass; auto: 8192 on a GPU, 2048 on a CPU."""
+    """Most tokens of one packed row, that is of one forward pass; auto: 8192 on a GPU, 1024 on a CPU, or max_tokens."""
     row_images: PositiveInt | None = None
     """Most pictures of one packed row."""
     order: Literal["full", "window"] = "full"

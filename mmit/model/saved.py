@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,13 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
         image_tokens=record["image_tokens"],
         record=record,
     )
+
+
+def untrained(model: schema.Model, like: Saved, *, seed: int, cache: Path | None = None) -> Saved:
+    """The parts of `model` before any training, to be asked the same way as `like`."""
+    assembly = assemble(model, seed=seed, cache=cache)
+    assembly.vlm.eval()
+    return replace(like, assembly=assembly)
 
 
 def _chat_format(record: Mapping[str, Any]) -> ChatFormat:

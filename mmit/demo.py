@@ -1,0 +1,176 @@
+"""`mmit demo`: real parts, two stages, held-out questions, and what to do next. All of it is the ordinary machinery."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mmit import api, demo_parts
+from mmit.config import Config, Source, load_config
+from mmit.data.cache import cache_folder
+from mmit.data.order import permutation
+from mmit.data.sample import Sample
+from mmit.data.shards import ShardSet
+from mmit.evaluation.answers import Answered, evaluate_answers
+from mmit.evaluation.pictures import answer_grid, loss_plot
+from mmit.evaluation.scores import accuracy
+from mmit.inference.generate import Model, load
+from mmit.model.saved import untrained
+
+OPEN_QUESTIONS = 450
+YES_NO_QUESTIONS = 200
+SHOWN = 8
+
+
+def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains `configs/demo.yaml` in `out`, answers questions of easy-VQA's own test split, returns result.json."""
+    console, started = Console(highlight=False, soft_wrap=not sys.stdout.isatty()), time.monotonic()
+    parts = out / "parts"
+    console.print("[bold]1/4[/] parts: SmolLM2-135M-Instruct, DINOv2-small and easy-VQA (once; some 190 MB)")
+    language = demo_parts.language(parts, say=console.print)
+    vision = demo_parts.vision(parts, say=console.print)
+    questions = demo_parts.easy_vqa(parts, say=console.print)
+
+    config = load_config(recipe("demo.yaml"), [*_places(out, language, vision, questions), *overrides])
+    console.print("[bold]2/4[/] training: the projector is aligned, then projector and language model learn to answer")
+    training_started = time.monotonic()
+    run = api.train(config).parent
+    training_seconds = time.monotonic() - training_started
+
+    console.print("[bold]3/4[/] questions about pictures that were never shown in training")
+    cache = cache_folder(config.cache)
+    test = _questions(questions, "test", cache)
+    samples = _chosen(test, OPEN_QUESTIONS, YES_NO_QUESTIONS)
+    model = load(run, device="cpu" if config.device == "cpu" else "auto", cache=cache)
+    answered = evaluate_answers(model, samples, max_new_tokens=8, batch_size=32)
+    shown = samples[:SHOWN]
+    before = _before(config, model, cache, shown)
+    after = evaluate_answers(model, shown, max_new_tokens=8, batch_size=32)
+
+    guesses = _guesses(_questions(questions, "train", cache))
+    result = _result(answered, guesses) | {
+        "training_seconds": round(training_seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_rss_mb": _peak_rss_mb(),
+    }
+    console.print("[bold]4/4[/] result")
+    grid, plot = answer_grid(shown, after, out / "answers.png"), loss_plot(run, out / "loss.png")
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    _report(console, result, before, after)
+    console.print(f"pictures: {grid}, {plot}\n{_next_steps(run, out)}")
+    return result
+
+
+def recipe(name: str) -> Path:
+    """A recipe of `configs/`: from the checkout, or as the wheel carries it."""
+    beside = Path(__file__).parent.parent / "configs" / name
+    return beside if beside.exists() else Path(str(files("mmit") / "configs" / name))
+
+
+def _places(out: Path, language: Path, vision: Path, questions: Path) -> list[str]:
+    return [
+        f"output={json.dumps(str(out / 'run'))}",
+        f"model.language={json.dumps(str(language))}",
+        f"model.vision.name={json.dumps(str(vision))}",
+        *(f"stages.{stage}.data.0.easy-vqa={json.dumps(str(questions))}" for stage in ("align", "sft")),
+    ]
+
+
+def _questions(folder: Path, split: str, cache: Path) -> ShardSet:
+    from data_tools.convert import converted
+
+    source = Source(format="easy-vqa", path=str(folder), options={"split": split})
+    return ShardSet(converted(source, cache))
+
+
+def _chosen(shards: ShardSet, open_questions: int, yes_no_questions: int) -> list[Sample]:
+    """Pictures drawn by a fixed seed, each with its open questions and one with yes or no."""
+    chosen: list[Sample] = []
+    left = {"open": open_questions, "yes_no": yes_no_questions}
+    for index in permutation(len(shards), "demo questions"):
+        sample = shards.read(int(index))
+        kept, taken = [], Counter[str]()
+        for question, answer in zip(sample.messages[::2], sample.messages[1::2], strict=True):
+            kind = "yes_no" if answer.text in ("yes", "no") else "open"
+            if left[kind] > 0 and (kind == "open" or taken["yes_no"] < 1):
+                left[kind] -= 1
+                taken[kind] += 1
+                picture = () if kept or not sample.messages[0].parts else sample.messages[0].parts[:1]
+                text = question.parts if question.parts[:1] != sample.messages[0].parts[:1] else question.parts[1:]
+                kept += [replace(question, parts=(*picture, *text)), answer]
+        if kept:
+            chosen.append(replace(sample, messages=tuple(kept)))
+        if not any(left.values()):
+            break
+    return chosen
+
+
+def _before(config: Config, model: Model, cache: Path, samples: Sequence[Sample]) -> list[Answered]:
+    """The same questions to the same parts before any training."""
+    saved = untrained(config.model, model.saved, seed=config.seed, cache=cache)
+    fresh = Model(saved, run=model.run, cache=cache, device=model.device, dtype=next(model.vlm.parameters()).dtype)
+    return evaluate_answers(fresh, samples, max_new_tokens=8, batch_size=32)
+
+
+def _guesses(train: ShardSet) -> dict[str, str]:
+    """The likeliest answer to each question in training, without looking at a picture."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for index in range(len(train)):
+        messages = train.read(index, images=False).messages
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            counts[question.text.strip()][answer.text] += 1
+    return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
+
+
+def _result(answered: Sequence[Answered], guesses: dict[str, str]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for kind in ("open", "yes_no"):
+        mine = [item for item in answered if item.kind == kind]
+        result[f"questions_{kind}"] = len(mine)
+        result[f"accuracy_{kind}"] = round(accuracy([item.correct for item in mine]), 4)
+        result[f"guess_{kind}"] = round(accuracy([guesses.get(i.question) == i.expected for i in mine]), 4)
+    return result | {"questions": len(answered)}
+
+
+def _report(console: Console, result: dict[str, Any], before: Sequence[Answered], after: Sequence[Answered]) -> None:
+    table = Table(title="before and after", title_justify="left")
+    for column in ("question", "right answer", "before training", "after"):
+        table.add_column(column)
+    for first, then in zip(before, after, strict=True):
+        mark = "green" if then.correct else "red"
+        table.add_row(then.question, then.expected, first.answer[:40], f"[{mark}]{then.answer[:40]}[/]")
+    console.print(table)
+    for kind, what in (("open", "questions with 11 answers or so"), ("yes_no", "questions with yes or no")):
+        console.print(
+            f"{result[f'questions_{kind}']} {what}: [bold]{result[f'accuracy_{kind}']:.1%}[/] right; "
+            f"guessing from the question alone: {result[f'guess_{kind}']:.1%}"
+        )
+    console.print(f"{result['seconds'] / 60:.1f} minutes in all, {result['peak_rss_mb']} MB of memory")
+
+
+def _next_steps(run: Path, out: Path) -> str:
+    return (
+        f"\nask it:            mmit generate {run} --image {out / 'parts/easy-vqa/test/images/0.png'} "
+        f"--prompt 'What color is the shape?'\n"
+        f"look at its data:  mmit-data show SHARDS --run {run}\n"
+        f"your pictures:     copy configs/demo.yaml, put {{llava: notes.json, images: photos/}} under data, then\n"
+        f"                   mmit train my.yaml\n"
+        f"on a GPU, 7B:      mmit train configs/llava15_7b_lora.yaml"
+    )
+
+
+def _peak_rss_mb() -> int:
+    """Of this process or its largest child; Linux counts kilobytes, macOS bytes."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
