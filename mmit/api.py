@@ -13,11 +13,11 @@ def train(config: Config | Path | str, overrides: tuple[str, ...] = ()) -> Path:
     Raises ConfigError or SampleError for faults of the input, and mmit.training.run.Interrupted when a signal stopped
     the run after saving it.
     """
-    from mmit.training.loop import train as run
-
     if not isinstance(config, Config):
         config = load_config(Path(config), overrides)
     check_formats(config)
+    from mmit.training.loop import train as run  # the seconds of torch and transformers, once the config is right
+
     return run(with_shards(config), asked=dump_config(config))
 
 
