@@ -54,7 +54,7 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     samples = _chosen(test, OPEN_QUESTIONS, YES_NO_QUESTIONS)
     model = load(run, device="cpu" if config.device == "cpu" else "auto", cache=cache)
     answered = evaluate_answers(model, samples, max_new_tokens=8, batch_size=32)
-    shown = samples[:SHOWN]
+    shown = [replace(sample, messages=sample.messages[:4]) for sample in samples[:SHOWN]]
     before = _before(config, model, cache, shown)
     after = evaluate_answers(model, shown, max_new_tokens=8, batch_size=32)
 

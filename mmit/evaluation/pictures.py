@@ -44,7 +44,7 @@ def loss_plot(run: Path, out: Path) -> Path:
 def answer_grid(samples: Sequence[Sample], answered: Sequence[Answered], out: Path, *, columns: int = 4) -> Path:
     """Each sample's first picture above its questions and the answers given: green if right, red if not."""
     rows = -(-len(samples) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.9 * rows), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 4.4 * rows), layout="constrained")
     by_sample: dict[str, list[Answered]] = {}
     for item in answered:
         by_sample.setdefault(item.where, []).append(item)
@@ -57,7 +57,7 @@ def answer_grid(samples: Sequence[Sample], answered: Sequence[Answered], out: Pa
         for line, item in enumerate(by_sample.get(where, ())):
             text = f"{item.question[:42]}\n{item.answer[:30]}" + ("" if item.correct else f"  (not {item.expected})")
             color = "tab:green" if item.correct else "tab:red"
-            axes.text(0.5, -0.04 - 0.16 * line, text, transform=axes.transAxes, ha="center", va="top", color=color)
+            axes.text(0.5, -0.04 - 0.22 * line, text, transform=axes.transAxes, ha="center", va="top", color=color)
     return _write(figure, out)
 
 

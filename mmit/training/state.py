@@ -156,7 +156,9 @@ def add_model_files(folder: Path, assembly: Assembly) -> None:
     assembly.tokenizer.save_pretrained(folder / "tokenizer")
     assembly.vlm.language.config.save_pretrained(folder / "language")
     if assembly.adapter is not None:
-        assembly.adapter.save_pretrained(folder / "adapter")
+        assembly.adapter.save_pretrained(
+            folder / "adapter", save_embedding_layers=False
+        )  # they are in model.safetensors
 
 
 def _check_sources(origin: Checkpoint, assembly: Assembly) -> None:
