@@ -52,7 +52,7 @@ def change_arguments(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     monkeypatch.setattr(VLM, "_arguments", changed)
 
 
-# Isolation ------------------------------------------------------------------------------------------------------------
+# Isolation ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -115,7 +115,7 @@ def test_probes_do_not_touch_the_global_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# The head -------------------------------------------------------------------------------------------------------------
+# The head ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [LANGUAGE, LANGUAGE | {"tie_word_embeddings": True}, QWEN2, GEMMA3, PHI], ids=kind)
