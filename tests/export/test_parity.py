@@ -1,0 +1,230 @@
+"""The law of exports: nothing changes. transformers alone, from the folder alone, says what our modules say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mmit import config as schema
+from mmit.config import ConfigError
+from mmit.export import verify, write
+from mmit.export.llava import ExportError
+from mmit.export.verify import Conversation, load_export, processed, rendered
+from mmit.export.write import export, merge
+from mmit.model.saved import load_saved
+from tests.export.conversations import conversations
+from tests.export.models import LLAMA, MODELS, TOWERS, run_of, saved_model
+
+LORA = schema.Lora(rank=4, alpha=8)
+CLIP = MODELS["CLIP + llama"]
+PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_pixels_logits_and_greedy_tokens_are_ours(name: str, tmp_path: Path) -> None:
+    done = export(run_of(saved_model(MODELS[name]), tmp_path / "run"), tmp_path / "out")
+    assert done.parity.largest_difference <= 1e-5
+    assert done.parity.greedy_tokens >= 12
+
+
+@pytest.mark.parametrize("policy", ["crop", "squash"])
+def test_the_processor_fits_pictures_as_the_run_did(policy: Any, tmp_path: Path) -> None:
+    done = export(run_of(saved_model(CLIP, pictures=policy), tmp_path / "run"), tmp_path / "out")
+    assert done.parity.pictures == 6
+
+
+@pytest.mark.parametrize("tower", ["siglip", "open_clip"])
+def test_a_tower_read_at_its_last_block_or_in_its_middle(tower: str, tmp_path: Path) -> None:
+    for layer in (-1, 1):
+        model = {"language": {"random": LLAMA}, "vision": TOWERS[tower] | {"layer": layer}}
+        done = export(run_of(saved_model(model), tmp_path / f"run{layer}"), tmp_path / f"out{layer}")
+        assert done.parity.largest_difference <= 1e-5
+
+
+@PEFT
+@pytest.mark.parametrize("name", ["CLIP + llama", "text only"])
+def test_a_lora_is_merged_or_kept_and_both_say_what_was_trained(name: str, tmp_path: Path) -> None:
+    run = run_of(saved_model(MODELS[name], lora=LORA), tmp_path / "run")
+    export(run, tmp_path / "merged")
+    export(run, tmp_path / "kept", adapter=True)
+    assert not (tmp_path / "merged" / "adapter").exists()
+    multimodal = name != "text only"
+    conversation = verify.probes(load_saved(run))[-1]
+    logits = []
+    for folder, adapter in (("merged", None), ("kept", tmp_path / "kept/adapter"), ("kept", None)):
+        model, speaker = load_export(tmp_path / folder, multimodal=multimodal, adapter=adapter)
+        logits.append(verify.said_by_export(model, speaker, conversation).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(logits[0], logits[2], atol=1e-2)  # the adapter does something
+
+
+@PEFT
+def test_merge_writes_a_run_without_an_adapter_that_says_the_same(tmp_path: Path) -> None:
+    run = run_of(saved_model(CLIP, lora=LORA), tmp_path / "run")
+    done = merge(run, tmp_path / "merged")
+    assert done.parity.largest_difference <= 1e-5
+    again = load_saved(tmp_path / "merged")
+    assert again.assembly.adapter is None
+    assert not [name for name, _ in again.assembly.vlm.named_parameters() if "lora" in name]
+    with pytest.raises(ConfigError, match="trained no LoRA"):
+        merge(tmp_path / "merged", tmp_path / "twice")
+
+
+def test_with_fewer_bits_the_rounded_model_is_what_the_export_equals(tmp_path: Path) -> None:
+    done = export(run_of(saved_model(CLIP), tmp_path / "run"), tmp_path / "out", dtype="bfloat16")
+    assert done.parity.largest_difference <= 1e-5
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("chat", ["vicuna_v1", "chatml"])
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.soak)])
+def test_the_exported_processor_gives_our_ids_with_histories(chat: str, count: int, tmp_path: Path) -> None:
+    saved = saved_model(CLIP, chat=chat)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out")
+    _, processor = load_export(tmp_path / "out", multimodal=True)
+    for conversation in conversations(count):
+        ours, _ = rendered(saved, conversation)
+        assert processed(processor, conversation)["input_ids"][0].tolist() == ours.tolist()
+
+
+def test_the_names_of_the_exported_tensors_are_those_that_others_read(tmp_path: Path) -> None:
+    export(run_of(saved_model(MODELS["open_clip ViT + llama, tied"]), tmp_path / "run"), tmp_path / "out")
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert {
+        name.replace("vision_model.", "") for name in names if ".layers.1." not in name and ".layers.2." not in name
+    } >= {
+        "vision_tower.embeddings.class_embedding",
+        "vision_tower.embeddings.patch_embedding.weight",
+        "vision_tower.embeddings.position_embedding.weight",
+        "vision_tower.encoder.layers.0.layer_norm1.weight",
+        "vision_tower.encoder.layers.0.mlp.fc1.bias",
+        "vision_tower.encoder.layers.0.self_attn.q_proj.weight",
+        "vision_tower.pre_layrnorm.weight",
+        "multi_modal_projector.linear_1.weight",
+        "multi_modal_projector.linear_2.bias",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "language_model.model.norm.weight",
+    }, sorted(names)[:40]
+
+
+WITHOUT_MMIT = """
+    import sys
+
+    class Forbidden:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("mmit", "data_tools", "open_clip"):
+                raise ImportError(name)
+
+    sys.meta_path.insert(0, Forbidden())
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+    processor = AutoProcessor.from_pretrained(sys.argv[1])
+    content = [{"type": "image", "image": Image.new("RGB", (50, 30))}, {"type": "text", "text": "What is this?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )
+    answer = model.generate(**inputs, max_new_tokens=4)
+    print(type(model).__name__, type(processor).__name__, answer.shape[1] - inputs["input_ids"].shape[1])
+"""
+
+
+def test_it_loads_and_answers_where_mmit_cannot_be_imported(tmp_path: Path) -> None:
+    export(run_of(saved_model(MODELS["open_clip ViT + llama, tied"]), tmp_path / "run"), tmp_path / "out")
+    script = textwrap.dedent(WITHOUT_MMIT)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.stdout.split() == ["LlavaForConditionalGeneration", "LlavaProcessor", "4"], done.stderr[-2000:]
+
+
+GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 0.5}
+REGISTERS = TOWERS["dinov2"]["random"] | {"model_type": "dinov2_with_registers", "num_register_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (CLIP | {"projector": {"kind": "linear"}}, "LinearProjector of depth 1 is not linear, GELU, linear"),
+        (CLIP | {"projector": {"depth": 3}}, "MlpProjector of depth 3"),
+        (CLIP | {"language": {"random": GEMMA2}}, "Gemma2ForCausalLM caps or scales its logits"),
+        (CLIP | {"vision": {"library": "transformers", "random": REGISTERS}}, "registers"),
+        (CLIP | {"vision": TOWERS["clip"] | {"select": "cls"}}, "select: cls"),
+    ],
+)
+def test_what_has_no_twin_is_refused_with_what_has_one(model: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    run = run_of(saved_model(model), tmp_path / "run")
+    with pytest.raises(ExportError, match=reason) as caught:
+        export(run, tmp_path / "out")
+    assert "What Llava holds: CLIP, SigLIP" in str(caught.value)
+    assert "--format mmit" in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert export(run, tmp_path / "out", format="mmit").parity.largest_difference == 0
+
+
+def test_an_export_that_came_out_different_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(saved_model(CLIP), tmp_path / "run")
+    whole = write.llava_model
+
+    def damaged(*arguments: Any, **named: Any) -> Any:
+        model = whole(*arguments, **named)
+        with torch.no_grad():
+            model.model.multi_modal_projector.linear_2.bias.data = (
+                model.model.multi_modal_projector.linear_2.bias + 0.01
+            )
+        return model
+
+    monkeypatch.setattr(write, "llava_model", damaged)
+    with pytest.raises(ExportError, match=r"probe conversation 0: logits differ by"):
+        export(run, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out/thesis.txt").read_text() == "mine"
+
+
+def test_the_template_of_the_export_marks_what_was_learned(tmp_path: Path) -> None:
+    saved = saved_model(CLIP)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out")
+    _, processor = load_export(tmp_path / "out", multimodal=True)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    found = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    from mmit.data.sample import Sample, message
+
+    ours = saved.chat.render(Sample("k", "s", (message("user", "Hi"), message("assistant", "Hello."))), [])
+    assert found["input_ids"] == ours.ids.tolist()
+    assert found["assistant_masks"] == (ours.labels != -100).astype(int).tolist()
+
+
+def test_one_picture_more_than_the_processor_is_given_is_named(tmp_path: Path) -> None:
+    """The processor must count as we do: a conversation of ours with its pictures is one of its own."""
+    saved = saved_model(CLIP)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out")
+    _, processor = load_export(tmp_path / "out", multimodal=True)
+    conversation = next(item for item in conversations(20) if len(item.pictures) > 1)
+    inputs = processed(processor, conversation)
+    shown = int((inputs["input_ids"] == saved.assembly.placeholder).sum())
+    assert shown == len(conversation.pictures) * saved.image_tokens == len(inputs["pixel_values"]) * 16
+    assert isinstance(conversation, Conversation)
