@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -108,6 +109,27 @@ def llava_tensors(assembly: Assembly) -> dict[str, Tensor]:
         part, _, rest = name.partition(".")
         tensors[f"model.language_model.{rest}" if part == base else "lm_head.weight"] = value
     return tensors
+
+
+def published_names(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
+    """Tensors under the names of the LLaVA files on the Hub, which every version of transformers and vLLM read.
+
+    transformers 5 would write a tower without `vision_model.`, which vLLM and transformers 4 do not find.
+    """
+    has_vision_model = any(name.endswith(".patch_embedding.weight") for name in tensors)
+    tower = "vision_tower.vision_model." if has_vision_model else "vision_tower."
+    renamed = {
+        "model.vision_tower.": tower,
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    }
+    published = {}
+    for name, value in tensors.items():
+        prefix = next(prefix for prefix in renamed if name.startswith(prefix))
+        if not (tied and prefix == "lm_head."):
+            published[renamed[prefix] + name.removeprefix(prefix)] = value
+    return published
 
 
 def language_tensors(language: PreTrainedModel) -> dict[str, Tensor]:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from mmit.config import ConfigError, suggest
 from mmit.export.adapter import write_adapter
 from mmit.export.card import model_card
-from mmit.export.llava import generation_config, language_tensors, llava_model
+from mmit.export.llava import generation_config, language_tensors, llava_model, published_names
 from mmit.export.processor import processor
 from mmit.export.verify import Parity, compare, load_export, probes, said, said_by_export
 from mmit.model.build import merge_lora
@@ -130,19 +132,28 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
 
 
 def _write(saved: Saved, folder: Path, dtype: Dtype) -> None:
-    """Model, processor and generation settings, by transformers' own writers."""
+    """Model, processor and generation settings, in files as they are found on the Hub."""
     assembly = saved.assembly
     model: PreTrainedModel
     if saved.fit is None:
         assembly.tokenizer.chat_template = saved.chat.template()
         assembly.tokenizer.save_pretrained(folder)
         model = _plain_language(assembly.vlm.language)
-    else:
-        processor(saved).save_pretrained(folder)
-        model = llava_model(assembly, image_tokens=saved.image_tokens)
-    model.generation_config = generation_config(assembly, saved.chat)
-    cast(nn.Module, model).to(DTYPES[dtype])
-    model.save_pretrained(folder, max_shard_size=SHARD)
+        model.generation_config = generation_config(assembly, saved.chat)
+        cast(nn.Module, model).to(DTYPES[dtype])
+        model.save_pretrained(folder, max_shard_size=SHARD)
+        return
+    speaker = processor(saved)
+    speaker.save_pretrained(folder)
+    cast(BaseImageProcessor, speaker.image_processor).save_pretrained(folder)  # where vLLM and transformers 4 look
+    model = llava_model(assembly, image_tokens=saved.image_tokens)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = DTYPES[dtype]
+    model.config.save_pretrained(folder)
+    generation_config(assembly, saved.chat).save_pretrained(folder)
+    tensors = published_names(model.state_dict(), tied=model.config.tie_word_embeddings)
+    rounded = {name: value.to(DTYPES[dtype]).contiguous() for name, value in tensors.items()}
+    save_torch_state_dict(rounded, folder, max_shard_size=SHARD, metadata={"format": "pt"})
 
 
 def _plain_language(language: PreTrainedModel) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -97,26 +98,33 @@ def test_the_exported_processor_gives_our_ids_with_histories(chat: str, count: i
         assert processed(processor, conversation)["input_ids"][0].tolist() == ours.tolist()
 
 
+BOTH = ("weight", "bias")
+CLIP_BLOCK = (
+    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+)
+LLAMA_BLOCK = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+)
+
+
 def test_the_names_of_the_exported_tensors_are_those_that_others_read(tmp_path: Path) -> None:
     export(run_of(saved_model(MODELS["open_clip ViT + llama, tied"]), tmp_path / "run"), tmp_path / "out")
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
         names = set(file.keys())
-    assert {
-        name.replace("vision_model.", "") for name in names if ".layers.1." not in name and ".layers.2." not in name
-    } >= {
-        "vision_tower.embeddings.class_embedding",
-        "vision_tower.embeddings.patch_embedding.weight",
-        "vision_tower.embeddings.position_embedding.weight",
-        "vision_tower.encoder.layers.0.layer_norm1.weight",
-        "vision_tower.encoder.layers.0.mlp.fc1.bias",
-        "vision_tower.encoder.layers.0.self_attn.q_proj.weight",
-        "vision_tower.pre_layrnorm.weight",
-        "multi_modal_projector.linear_1.weight",
-        "multi_modal_projector.linear_2.bias",
+    assert {name for name in names if not re.search(r"\.layers\.[123]\.", name)} == {
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.embeddings.patch_embedding.weight",
+        "vision_tower.vision_model.embeddings.position_embedding.weight",
+        *(f"vision_tower.vision_model.{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in BOTH),
+        *(f"vision_tower.vision_model.encoder.layers.0.{part}.{kind}" for part in CLIP_BLOCK for kind in BOTH),
+        *(f"multi_modal_projector.linear_{number}.{kind}" for number in (1, 2) for kind in BOTH),
         "language_model.model.embed_tokens.weight",
-        "language_model.model.layers.0.self_attn.q_proj.weight",
         "language_model.model.norm.weight",
-    }, sorted(names)[:40]
+        *(f"language_model.model.layers.0.{part}.weight" for part in LLAMA_BLOCK),
+    }
 
 
 WITHOUT_MMIT = """
