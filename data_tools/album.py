@@ -12,8 +12,9 @@ import hashlib
 import io
 import os
 import re
+import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,14 @@ class MissingPicture(SampleError):
 class Unread(Picture):
     """A picture known by its file or its bytes alone; size, hash and ending are found when it is developed."""
 
-    path: Path | None = None
-    root: Path | None = None
+    name: str = ""
+    """Path below `root`; empty when the picture came as bytes."""
+    root: str = ""
     where: str = ""
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.root, self.name)
 
 
 class Album:
@@ -73,12 +79,12 @@ class Album:
         if self.root is None:
             raise SampleError(f"{where}: the row names the picture {name!r}; say with --images which folder holds it")
         inside = name.removeprefix(self.prefix)
-        if Path(inside).is_absolute() or ".." in Path(inside).parts or "\0" in inside:
+        if os.path.isabs(inside) or ".." in inside.split("/") or "\0" in inside or not inside:
             raise SampleError(
                 f"{where}: the picture {name!r} would be read from outside the images folder; write its path below "
                 f"that folder (--image-prefix takes away a common beginning)"
             )
-        return Unread(0, 0, "", "", window=window, path=self.root / inside, root=self.root, where=where)
+        return Unread(0, 0, "", "", window=window, name=inside, root=str(self.root), where=where)
 
 
 def unread(data: bytes, where: str, *, window: tuple[float, float] | None = None) -> Unread:
@@ -104,23 +110,19 @@ def from_base64(text: str, where: str) -> bytes:
 
 def missing(sample: Sample) -> list[str]:
     """The names below the images folder of the sample's pictures that are not there."""
-    return [
-        str(p.path.relative_to(p.root))
-        for p in sample.images
-        if isinstance(p, Unread) and p.path is not None and p.root is not None and not p.path.exists()
-    ]
+    return [p.name for p in sample.images if isinstance(p, Unread) and p.name and not os.path.exists(p.path)]
 
 
 def read(picture: Unread) -> bytes:
     """The bytes of the picture; refuses whatever a link leads to outside the folder."""
     if picture.data is not None:
         return picture.data
-    if picture.path is None or picture.root is None:
+    if not picture.name:
         raise SampleError(f"{picture.where}: a picture with neither file nor bytes; the format that made it has a bug")
-    real = Path(os.path.realpath(picture.path))
-    if not real.is_relative_to(picture.root):
+    real = os.path.realpath(picture.path)
+    if not real.startswith(os.path.join(picture.root, "")):
         raise SampleError(
-            f"{picture.where}: {picture.path.relative_to(picture.root)} is a link that leads out of the images folder; "
+            f"{picture.where}: {picture.name} is a link that leads out of the images folder; "
             f"copy the file into the folder, or give the folder it lies in as --images"
         )
     try:
@@ -128,18 +130,18 @@ def read(picture: Unread) -> bytes:
         descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise MissingPicture(
-            f"{picture.where}: the picture {picture.path.relative_to(picture.root)} is missing below {picture.root}; "
+            f"{picture.where}: the picture {picture.name} is missing below {picture.root}; "
             f"check --images, or choose with --on-missing"
         ) from None
     except OSError as error:
-        raise SampleError(f"{picture.where}: cannot read {picture.path.name} ({error.strerror})") from None
+        raise SampleError(f"{picture.where}: cannot read {picture.name} ({error.strerror})") from None
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(stream.fileno())
-        if not os.path.isfile(real):
-            raise SampleError(f"{picture.where}: {picture.path.name} is not an ordinary file; name a picture")
+        if not stat.S_ISREG(status.st_mode):
+            raise SampleError(f"{picture.where}: {picture.name} is not an ordinary file; name a picture")
         if status.st_size > MAX_BYTES:
             raise SampleError(
-                f"{picture.where}: {picture.path.name} has {status.st_size:,} bytes, the limit is {MAX_BYTES:,}; "
+                f"{picture.where}: {picture.name} has {status.st_size:,} bytes, the limit is {MAX_BYTES:,}; "
                 f"save it smaller"
             )
         return stream.read()
@@ -175,9 +177,7 @@ def develop(
 
 
 def _named(picture: Unread, where: str) -> str:
-    if picture.path is not None and picture.root is not None:
-        return f"{picture.where or where}: {picture.path.relative_to(picture.root)}"
-    return picture.where or where
+    return f"{picture.where or where}: {picture.name}" if picture.name else picture.where or where
 
 
 def without_metadata(data: bytes, *, ending: str, orientation: int) -> bytes | None:
@@ -209,6 +209,7 @@ def png_of(pixels: np.ndarray, where: str) -> bytes:
 def _clean_jpeg(data: bytes) -> bytes:
     """ITU-T T.81 Annex B: markers, segments and scans up to the end of the first image."""
     kept, position = [data[:2]], 2
+    markers: Iterator[int] | None = None
     while position < len(data):
         if data[position] != 0xFF:
             raise ValueError("no marker where one must be")
@@ -223,14 +224,22 @@ def _clean_jpeg(data: bytes) -> bytes:
         if segment[2:].startswith(named) if named else not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(bytes((0xFF, marker)) + segment)
         if marker == 0xDA:
-            following = NEXT_MARKER.search(data, position)
-            end = following.start() if following else len(data)
+            if markers is None:
+                markers = _markers(data, position)
+            end = next(markers, len(data))
+            while end < position:
+                end = next(markers, len(data))
             kept.append(data[position:end])
             position = end
     return b"".join(kept)
 
 
-NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+def _markers(data: bytes, start: int) -> Iterator[int]:
+    """Where markers stand from `start` on, but for restarts (D0 to D7) and stuffed or filling FF."""
+    values = np.frombuffer(data, dtype=np.uint8)
+    places = np.flatnonzero(values[start:-1] == 0xFF) + start
+    kinds = values[places + 1]
+    return iter(places[(kinds != 0) & (kinds != 0xFF) & ((kinds < 0xD0) | (kinds > 0xD7))].tolist())
 
 
 def _clean_png(data: bytes) -> bytes:

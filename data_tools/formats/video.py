@@ -79,18 +79,19 @@ def _parts(text: str, videos: list[Any], shown: list[Any], pictures: list[Pictur
 
 def _frames(album: Album, name: Any, most: int, fps: float | None, where: str) -> list[tuple[Picture, float]]:
     place = album.picture(name, where)
-    if place.path is None or place.root is None or not place.path.resolve().is_relative_to(place.root):
+    path, root = Path(place.path), Path(place.root)
+    if not place.name or not path.resolve().is_relative_to(root):
         raise SampleError(f"{where}: the video {str(name)[:80]!r} must be a file or folder below --images")
-    if not place.path.exists():
-        raise SampleError(f"{where}: the video {name} is missing below {place.root}")
-    if place.path.is_dir():
-        files = [file for file in sorted(place.path.iterdir()) if file.suffix.lower() in PICTURES]
+    if not path.exists():
+        raise SampleError(f"{where}: the video {name} is missing below {root}")
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in PICTURES]
         if not files:
             raise SampleError(f"{where}: the folder {name} holds no frames")
         rate = fps or 1.0
         chosen = _spread(len(files), most)
-        return [(album.picture(str(files[n].relative_to(place.root)), where), n / rate) for n in chosen]
-    return _decoded(place.path, most, fps, where)
+        return [(album.picture(str(files[n].relative_to(root)), where), n / rate) for n in chosen]
+    return _decoded(path, most, fps, where)
 
 
 def _decoded(file: Path, most: int, fps: float | None, where: str) -> list[tuple[Picture, float]]:
