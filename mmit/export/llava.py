@@ -59,11 +59,14 @@ def language_obstacle(language: PreTrainedModel) -> str | None:
     if type(built) is not type(language.base_model):
         return f"{type(built).__name__}, which AutoModel builds from its configuration, is not the base of {kind}"
     ids = torch.arange(5, device=head.weight.device)[None]
-    was_training = language.training
+    training = [module for module in language.modules() if module.training]
     language.eval()
-    own = cast(Any, language)(input_ids=ids, use_cache=False).logits
-    plain = head(cast(Any, language.base_model)(input_ids=ids, use_cache=False).last_hidden_state)
-    language.train(was_training)
+    mixed = len({parameter.dtype for parameter in language.parameters()}) > 1  # as while a part of it trains
+    with torch.autocast(head.weight.device.type, torch.bfloat16, enabled=mixed):
+        own = cast(Any, language)(input_ids=ids, use_cache=False).logits
+        plain = head(cast(Any, language.base_model)(input_ids=ids, use_cache=False).last_hidden_state)
+    for module in training:
+        module.training = True
     if not torch.allclose(own, plain, rtol=1e-4, atol=1e-5):
         return f"{kind} caps or scales its logits, which Llava drops"
     return None

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mmit.config import Config, ConfigError, Stage
 from mmit.data.loader import Steps
+from mmit.export.targets import targets
 from mmit.model.build import Assembly, embedding_rms
 from mmit.model.projector import Projector, feature_statistics_
 from mmit.training.data import StageData
@@ -44,6 +45,7 @@ def initialise_projector(config: Config, assembly: Assembly, steps: Steps) -> No
 def table_of_parts(config: Config, stage: Stage, assembly: Assembly, data: StageData) -> Table:
     """Every part: its parameters, how many of them train, at which rate and in which precision."""
     table = Table(title=f"stage {stage.name}: {data.total} steps of {stage.batch_size} samples", title_justify="left")
+    table.caption, table.caption_justify = "will be loaded by: " + "; ".join(targets(assembly)), "left"
     for column in ("part", "what", "parameters", "trained", "peak rate", "precision"):
         table.add_column(column, justify="right" if column in ("parameters", "trained", "peak rate") else "left")
     chosen: dict[str, Any] = dict(stage.train)

@@ -1,0 +1,37 @@
+"""What will load the result of a run, said before its first step."""
+
+from __future__ import annotations
+
+from open_clip.transformer import VisionTransformer
+from transformers import CLIPVisionModel, SiglipVisionModel
+
+from mmit.export.llava import llava_obstacle
+from mmit.model.build import Assembly
+
+LLAMA_CPP = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+"""`model_type` of the language models that `mmit export --format gguf` writes -> architecture of GGUF."""
+
+
+def targets(assembly: Assembly) -> list[str]:
+    """Programs, with the class they will use, and for those that will not: why."""
+    language, tower = assembly.vlm.language, assembly.vlm.vision
+    kind = language.config.model_type
+    if tower is None:
+        return [f"transformers ({type(language).__name__})", "vLLM", _llama_cpp(kind)]
+    if (reason := llava_obstacle(assembly)) is not None:
+        return [f"mmit only ({reason})"]
+    found = ["transformers (LlavaForConditionalGeneration)"]
+    clip = isinstance(tower.encoder, CLIPVisionModel | VisionTransformer)
+    if clip or isinstance(tower.encoder, SiglipVisionModel):
+        found.append("vLLM")
+    else:
+        found.append("not vLLM (its Llava takes CLIP and SigLIP towers)")
+    if not clip or tower.select != "patch":
+        return [*found, "not llama.cpp (the mmproj is written for CLIP towers with select: patch)"]
+    return [*found, _llama_cpp(kind)]
+
+
+def _llama_cpp(model_type: str) -> str:
+    if model_type in LLAMA_CPP:
+        return "llama.cpp"
+    return f"not llama.cpp ({model_type} is not among {', '.join(LLAMA_CPP)})"
