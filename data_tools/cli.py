@@ -91,9 +91,26 @@ def show(
     language: Annotated[str | None, typer.Option(help="Tokenizer: hub name, folder, or `bytes`.")] = None,
     chat: Annotated[str, typer.Option(help="Chat format, with --language.")] = "auto",
     image_tokens: Annotated[int, typer.Option(help="Tokens per picture, with --language.")] = 16,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures instead.")] = None,
 ) -> None:
     """Show samples; with a tokenizer, every token coloured by role and by whether it is trained."""
+    from data_tools.show import page
     from data_tools.show import show as show_samples
+
+    if html is not None:
+        page(
+            shards,
+            html,
+            index=index,
+            count=count,
+            run=run,
+            stage=stage,
+            language=language,
+            chat=chat,
+            image_tokens=image_tokens,
+        )
+        print(f"{html} written")
+        return
 
     show_samples(
         shards,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from data_tools.album import png_of
 from mmit.config import Config, ConfigError, RandomLanguage, load_config
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.chat import Chat, Rendered, Span, find_placeholder, resolve
-from mmit.data.sample import BoxPart, ImagePart, Message, Part, Sample, TextPart, VideoPart
+from mmit.data.images import decode
+from mmit.data.sample import BoxPart, ImagePart, Message, Part, Picture, Sample, TextPart, VideoPart
 from mmit.data.shards import ShardSet
 
 TRAINED = "bold green"
@@ -61,6 +66,56 @@ def show(
             screen.print(tokens(binding, rendered, sample, marks=not screen.is_terminal), soft_wrap=True)
             screen.print(legend(rendered, image_tokens if sample.images else None), soft_wrap=True)
         screen.print()
+
+
+def page(
+    shards: Path,
+    out: Path,
+    *,
+    index: int = 0,
+    count: int = 1,
+    run: Path | None = None,
+    stage: str | None = None,
+    language: str | None = None,
+    chat: str = "auto",
+    image_tokens: int = 16,
+) -> None:
+    """The same as an HTML page with the pictures in it: texts escaped, no script, nothing fetched."""
+    text = io.StringIO()
+    console = Console(
+        file=text, force_terminal=True, color_system="truecolor", record=True, soft_wrap=True, width=10**6
+    )
+    blocks = []
+    samples = ShardSet(shards)
+    for number in range(index, max(index + 1, min(index + count, len(samples)))):
+        show(
+            shards,
+            index=number,
+            run=run,
+            stage=stage,
+            language=language,
+            chat=chat,
+            image_tokens=image_tokens,
+            console=console,
+        )
+        shown = console.export_html(inline_styles=True, code_format="{code}", clear=True)
+        pictures = "".join(_inline(picture) for picture in samples.read(number).images)
+        blocks.append(f"<section>{pictures}<pre>{shown}</pre></section>")
+    out.write_text(PAGE.format(title=html.escape(shards.name), body="".join(blocks)), encoding="utf-8")
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" \
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><title>{title}</title><style>
+body{{background:#1b1b1b;color:#ddd;font:15px/1.6 ui-monospace,monospace;max-width:70em;margin:2em auto;padding:0 1em}}
+pre{{white-space:pre-wrap;font:inherit}} img{{max-width:100%;max-height:320px;margin:0 1em 1em 0}}
+section{{border-top:1px solid #444;padding:1em 0}}</style></head><body>{body}</body></html>
+"""
+
+
+def _inline(picture: Picture) -> str:
+    """The picture as the decoder sees it, so that a page shows what is trained on."""
+    data = png_of(decode(picture.data or b"", "picture", window=picture.window), "picture")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
 def chat_of(language: str, chat: str) -> Chat:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import html
 import io
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from data_tools.convert import convert
-from data_tools.show import chat_of, read_tokens, show
+from data_tools.show import chat_of, page, read_tokens, show
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Sample, TextPart, message
 from tests.tools.test_convert import rows_with
@@ -100,3 +102,20 @@ stages:
 def test_a_wrong_index_is_told_the_range(shards: Path) -> None:
     with pytest.raises(ConfigError, match="write 0 to 2"):
         shown(shards, index=3)
+
+
+def test_the_page_shows_pictures_and_text_as_text(photos: Path, tmp_path: Path) -> None:
+    evil = '<script>alert(1)</script><img src="http://x/y"> &amp; {body}'
+    turns = [{"from": "human", "value": f"<image>{evil}"}, {"from": "gpt", "value": "</pre>x"}]
+    (tmp_path / "in.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}] * 2))
+    convert("llava", tmp_path / "in.json", photos, tmp_path / "set")
+    page(tmp_path / "set", tmp_path / "page.html", count=2, language="bytes", chat="chatml")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert text.count("</pre>") == 2
+    assert re.findall(r'<img [^>]*src="(?!data:image/png;base64,)', text) == []
+    assert text.count("<img ") == 2
+    plain = html.unescape(re.sub("<[^>]*>", "", text))
+    assert plain.count(evil) == 2
+    with pytest.raises(ConfigError, match="write 0 to 1"):
+        page(tmp_path / "set", tmp_path / "page.html", index=2)
