@@ -139,6 +139,11 @@ def _forward_backward(
                 # Ranks average their gradients; the loss is a sum over the step's tokens on all of them.
                 accelerator.backward(losses.sum() * (accelerator.num_processes / max(supervised, 1)))
         _add_by_source(sums, losses, row)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            # A step without pictures: AdamW's moments would go on where ranks have touched the vision path (a gradient
+            # of zeros), and rest where nobody did (none).
+            parameter.grad = torch.zeros_like(parameter)
     return accelerator.reduce(sums)
 
 

@@ -69,7 +69,7 @@ def trained_for_two_steps(
         mine: list[Step] = [data.training[number] for _, data in pairs]
         whole = replace(mine[0], rows=tuple(row for step in mine for row in step.rows))
         set_rates(optimizer, wanted.stages[0], number, 10)
-        losses.append(_forward_backward(wanted, assembly.vlm, whole, accelerator, 1))
+        losses.append(_forward_backward(wanted, assembly.vlm, whole, whole.supervised, accelerator, 1))
         named = {name: p for name, p in assembly.vlm.named_parameters() if p.requires_grad}
         gradients.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named.items()})
         _finite_norm(optimizer, losses[-1], whole, wanted.stages[0])
@@ -104,13 +104,33 @@ def test_one_row_is_four_micro_steps_is_four_ranks(part: dict[str, Any], tmp_pat
         assert max(value for key, value in changes.items() if not key.endswith("k_proj.bias")) < 1e-8, name
 
 
+def test_a_step_without_pictures_moves_a_projector_alike_whether_it_was_touched_or_not(
+    tmp_path: Path, pictures: Path, texts: Path
+) -> None:
+    """With ranks, every row runs the vision path; alone, one without pictures does not. AdamW must not tell."""
+    weights = []
+    for touch in (False, True):
+        wanted, ((assembly, found),) = steps_of(tmp_path / "run", pictures, ALL, ranks=1, row_tokens=4000)
+        _, ((_, without),) = steps_of(tmp_path / "run", texts, ALL, ranks=1, row_tokens=4000)
+        optimizer = build_optimizer(assembly, wanted.stages[0])
+        for number, step in enumerate((found.training[0], without.training[0])):
+            set_rates(optimizer, wanted.stages[0], number, 10)
+            step = replace(step, rows=tuple(replace(row, touch_vision=touch) for row in step.rows))
+            _forward_backward(wanted, assembly.vlm, step, step.supervised, Accelerator(cpu=True), 1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        weights.append({name: p.detach().clone() for name, p in assembly.vlm.named_parameters()})
+    for name, expected in weights[0].items():
+        assert torch.equal(weights[1][name], expected), name
+
+
 def test_the_loss_is_the_sum_of_token_losses_over_the_supervised_tokens(tmp_path: Path, data: Path) -> None:
     wanted, pairs = steps_of(tmp_path / "run", data, ALL, ranks=1, row_tokens=200)
     assembly, found = pairs[0]
     step = found.training[0]
     with torch.no_grad():
         tokens = torch.cat([assembly.vlm(row) for row in step.rows])
-    sums = _forward_backward(wanted, assembly.vlm, step, Accelerator(cpu=True), 1)
+    sums = _forward_backward(wanted, assembly.vlm, step, step.supervised, Accelerator(cpu=True), 1)
     record = loop._record(wanted.stages[0], step, sums, found)
     assert record["supervised"] == len(tokens) > 0
     assert record["loss"] == pytest.approx(tokens.mean().item(), rel=1e-12)
@@ -259,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
     optimizer = build_optimizer(assembly, wanted.stages[0])
     with torch.no_grad():
         assembly.vlm.language.lm_head.weight[5, 5] = math.nan
-    sums = _forward_backward(wanted, assembly.vlm, step, Accelerator(cpu=True), 1)
+    sums = _forward_backward(wanted, assembly.vlm, step, step.supervised, Accelerator(cpu=True), 1)
     with pytest.raises(FloatingPointError, match=step.rows[0].samples[0]):
         _finite_norm(optimizer, sums, step, wanted.stages[0])
 
