@@ -14,10 +14,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -338,7 +341,7 @@ def _outcomes(
         if processes > 1 and len(head) > 1:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data_tools.convert"])
-            pool = ProcessPoolExecutor(processes, mp_context=context)
+            pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_with, initargs=(os.getpid(),))
         for number, batch in _chain(head, queue):
             done = _recorded(out, number)
             if done is not None:
@@ -354,6 +357,19 @@ def _outcomes(
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_with(conversion: int) -> None:
+    """Ends this worker when the process that converts is gone: a killed conversion leaves nothing running."""
+
+    def watch() -> None:
+        with suppress(ProcessLookupError):
+            while True:
+                os.kill(conversion, 0)
+                time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _chain(head: list[Any], rest: Iterator[Any]) -> Iterator[Any]:

@@ -144,7 +144,7 @@ def chat_of_run(run: Path, stage: str | None) -> Chat:
         raise ConfigError(f"--stage {stage}: {run} has the stages {', '.join(names)}")
     chosen = config.stages[names.index(stage)] if stage is not None else config.stages[-1]
     language = config.model.language
-    name = language.tokenizer if isinstance(language, RandomLanguage) else language
+    name = language.tokenizer if isinstance(language, RandomLanguage) else language or str(config.model.source)
     return chat_of(name, chosen.chat or config.model.chat)
 
 

@@ -3,6 +3,10 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -288,3 +292,30 @@ def test_no_option_of_a_format_hides_a_setting_of_every_conversion() -> None:
     for name in FORMATS:
         parameters = inspect.signature(samples_function(name)).parameters
         assert parameters.keys() & Settings.__dataclass_fields__.keys() == set(), name
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_bytes_and_leaves_nobody_running(
+    photos: Path, tmp_path: Path
+) -> None:
+    path, out = rows_with(photos, 400), tmp_path / "out"
+    convert("llava", path, photos, tmp_path / "straight", settings=Settings(rows_per_shard=4))
+    arguments = [sys.executable, "-m", "data_tools.cli", "convert", "llava", str(path), "--images", str(photos)]
+    arguments += ["--out", str(out), "--rows-per-shard", "4", "--processes", "2"]
+    sessions, draw = [], random.Random(0)
+    for kills in range(9):
+        worker = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        sessions.append(worker.pid)
+        enough = kills * 10 + draw.randrange(10) if kills < 8 else 10**9
+        while worker.poll() is None:
+            if len(list(out.glob("*.tar"))) >= enough:
+                worker.kill()
+            time.sleep(0.02)
+        worker.wait()
+    assert files(out) == files(tmp_path / "straight")
+    deadline = time.monotonic() + 20
+    while set(map(str, sessions)) & set(subprocess.check_output(["ps", "-eo", "sid="], text=True).split()):
+        assert time.monotonic() < deadline, "a worker outlived its conversion"
+        time.sleep(0.5)
