@@ -36,7 +36,13 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,  # `from` is no name for a field in Python
+    )
 
 
 class RandomLanguage(Section):
@@ -85,10 +91,22 @@ class Projector(Section):
     init: Literal["default", "feature_statistics"] = "default"
     """`feature_statistics`: inputs whitened by the features of the first pictures, outputs scaled to the RMS of the
     word embeddings; learns to see several times sooner when data is short."""
+    source: str | None = Field(default=None, alias="from")
+    """A file to start from: model.safetensors of a run or an export, or LLaVA's mm_projector.bin."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Projector:
+        if self.source is not None and self.init != "default":
+            raise ValueError("`from` and `init` both say how the projector starts; keep one of them")
+        return self
 
 
 class Model(Section):
-    language: str | RandomLanguage
+    source: str | None = Field(default=None, alias="from")
+    """A whole model to go on from, instead of the parts below: a transformers Llava (hub name or folder), an export, a
+    run, or a folder in the layout of the LLaVA repository. Tower, projector, LLM, picture transform and chat format
+    come from its files."""
+    language: str | RandomLanguage | None = None
     """Any causal LLM of transformers: hub name or folder."""
     vision: Vision | None = None
     """The picture encoder; null for text only."""
@@ -103,6 +121,15 @@ class Model(Section):
         if isinstance(tree, dict) and tree.get("vision") is not None and tree.get("projector") is None:
             return tree | {"projector": {}}
         return tree
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if self.source is None and self.language is None:
+            raise ValueError("write `language` (and, to see, `vision`), or `from` for a whole model to go on from")
+        parts = [name for name in ("language", "vision", "projector") if dict(self)[name] is not None]
+        if self.source is not None and parts:
+            raise ValueError(f"`from` brings its own {', '.join(parts)}; remove either `from` or those")
+        return self
 
     @model_validator(mode="after")
     def _projector_needs_vision(self) -> Model:
@@ -203,8 +230,9 @@ class Stage(Section):
     train: Train
     chat: str | None = None
     """Chat format of this stage alone, such as `plain` for alignment on captions; null: the model's."""
-    pictures: Literal["crop", "pad", "squash"] = "pad"
-    """How a picture is made square: centre crop, mean-coloured borders, or stretched."""
+    pictures: Literal["crop", "pad", "squash"] | None = None
+    """How a picture is made square: centre crop, mean-coloured borders, or stretched; null: as the model of
+    `model.from` does, else pad."""
     batch_size: PositiveInt
     """Samples a step, over all ranks and micro-steps."""
     epochs: PositiveFloat | None = None
@@ -309,7 +337,8 @@ class Config(Section):
             f"two stages are called {n!r}; give each its own name" for n in dict.fromkeys(names) if names.count(n) > 1
         ]
         for stage in self.stages:
-            if self.model.vision is None and (stage.train.vision or stage.train.projector):
+            blind = self.model.vision is None and self.model.source is None
+            if blind and (stage.train.vision or stage.train.projector):
                 faults.append(
                     f"stage {stage.name!r} trains a vision tower or projector, but model.vision is null; "
                     f"train only the language model, or name a tower"
@@ -472,7 +501,7 @@ def _inside(node: Any, step: int | str) -> Any:
 
 
 def _keys(models: Sequence[type[BaseModel]]) -> set[str]:
-    return {key for model in models for key in model.model_fields}
+    return {field.alias or key for model in models for key, field in model.model_fields.items()}
 
 
 def _models_at(model: type[BaseModel], step: int | str) -> list[type[BaseModel]]:

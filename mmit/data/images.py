@@ -31,6 +31,7 @@ MAX_BYTES = 20 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 
+Policy = Literal["crop", "pad", "squash"]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
@@ -102,7 +103,7 @@ class PictureFit:
     ratio, as SiglipImageProcessor does. All of it on uint8, so the result is theirs bit for bit.
     """
 
-    policy: Literal["crop", "pad", "squash"]
+    policy: Policy
     side: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

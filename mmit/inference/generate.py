@@ -32,7 +32,7 @@ from mmit.data.loader import Rendering
 from mmit.data.packing import Example, pack
 from mmit.data.sample import SampleError
 from mmit.inference.conversation import Asked, Conversation, ImageLike, conversation
-from mmit.model.build import file_sha256
+from mmit.model.files import file_sha256
 from mmit.model.saved import Saved, load_saved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

@@ -6,7 +6,6 @@ Everything is built and merged in fp32; `set_trained` then gives frozen parts th
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -25,8 +23,11 @@ from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.cache import RecordCache
-from mmit.data.chat import Chat, find_placeholder, resolve
+from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
+from mmit.data.images import PictureFit, Policy
+from mmit.model.files import provenance
 from mmit.model.projector import build_projector
+from mmit.model.projector_file import start_projector
 from mmit.model.vision import CachedTower, VisionTower, build_vision
 from mmit.model.vlm import VLM
 
@@ -47,9 +48,19 @@ class Assembly:
     """Parameters that earlier stages changed."""
     adapter: PeftModel | None = None
     lora: schema.Lora | None = None
+    own_chat: ChatFormat | None = None
+    """What chat: auto means, where the model came with a format of its own (`model.from`)."""
+    own_pictures: Policy | None = None
+    """How the model was shown pictures before, where it comes from (`model.from`)."""
 
     def chat(self, name: str) -> Chat:
+        if name == "auto" and self.own_chat is not None:
+            return Chat(self.own_chat, self.tokenizer, placeholder=self.placeholder)
         return resolve(name, self.tokenizer, placeholder=self.placeholder)
+
+    def fit(self, pictures: Policy | None) -> PictureFit | None:
+        """How pictures are fitted under the policy of a stage; None without a tower."""
+        return self.vlm.vision.fit_for(pictures or self.own_pictures or "pad") if self.vlm.vision is not None else None
 
     @property
     def vision(self) -> VisionTower | None:
@@ -68,11 +79,16 @@ class Assembly:
 def assemble(model: schema.Model, *, seed: int, cache: Path | None = None) -> Assembly:
     """The parts of `model` in fp32 on the CPU, pretrained or random by `seed`."""
     torch.manual_seed(seed)
-    language, tokenizer = _language(model)
+    if model.source is not None:
+        from mmit.model.sources import assemble_source  # which loads runs, and these are assembled here
+
+        return assemble_source(model, seed=seed, cache=cache)
+    assert model.language is not None
+    language, tokenizer = _language(model.language, model.attention)
     sources: dict[str, Any] = {}
     fresh: set[str] = set()
     if isinstance(model.language, str):
-        sources["language"] = _provenance(model.language, language.config, cache)
+        sources["language"] = provenance(model.language, language.config, cache)
     else:
         fresh |= {f"language.{name}" for name, _ in language.named_parameters()}
     vision, projector, placeholder = None, None, None
@@ -81,7 +97,7 @@ def assemble(model: schema.Model, *, seed: int, cache: Path | None = None) -> As
         placeholder = find_placeholder(tokenizer)
         if placeholder is None:
             placeholder = add_placeholder(tokenizer, language)
-            fresh |= {f"language.{name}" for name in _vocabulary_parameters(language)}
+            fresh |= {f"language.{name}" for name in vocabulary_parameters(language)}
         vision = build_vision(model.vision)
         if model.vision.random is None:
             sources["vision"] = {"name": model.vision.name, "fingerprint": vision.fingerprint()}
@@ -91,7 +107,10 @@ def assemble(model: schema.Model, *, seed: int, cache: Path | None = None) -> As
             vision.requires_grad_(False)
             vision = CachedTower(vision, RecordCache(cache / "features" / f"{vision.fingerprint()[:32]}.features"))
         projector = build_projector(model.projector, vision.dim, language.get_input_embeddings().weight.shape[1])
-        fresh |= {f"projector.{name}" for name, _ in projector.named_parameters()}
+        if model.projector.source is None:
+            fresh |= {f"projector.{name}" for name, _ in projector.named_parameters()}
+        else:
+            sources["projector"] = start_projector(projector, Path(model.projector.source), cache)
     vlm = VLM(vision, projector, language)
     vlm.requires_grad_(False)
     return Assembly(vlm, tokenizer, placeholder, sources, fresh)
@@ -166,6 +185,8 @@ def set_trained(
     """
     vlm = assembly.vlm
     vlm.requires_grad_(False)
+    if vlm.vision is None and (train.vision is not None or train.projector is not None):
+        raise ConfigError("train: names vision or projector, but the model of model.from reads only text; remove them")
     if train.vision is not None and vlm.vision is not None:
         vlm.vision.requires_grad_(True)
         for name in vlm.vision.unused_parameters():
@@ -196,11 +217,6 @@ def set_modes(assembly: Assembly, train: schema.Train, *, gradient_checkpointing
         part.train(train.model_dump()[name] is not None or (gradient_checkpointing and name == "language"))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-
-
 def add_placeholder(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel) -> int:
     """A new special token and its row, the mean of all rows; never a label. Returns its id."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
@@ -209,7 +225,7 @@ def add_placeholder(tokenizer: PreTrainedTokenizerFast, language: PreTrainedMode
     if placeholder >= rows:
         language.resize_token_embeddings(placeholder + 1, mean_resizing=False)
     with torch.no_grad():
-        for name in _vocabulary_parameters(language):
+        for name in vocabulary_parameters(language):
             weight = language.get_parameter(name)
             weight[placeholder] = weight[:rows].float().mean(0).to(weight.dtype)
     return placeholder
@@ -228,19 +244,19 @@ def lora_targets(assembly: Assembly) -> int:
     return sum(name.endswith("lora_A.default.weight") for name, _ in assembly.vlm.named_parameters())
 
 
-def _language(model: schema.Model) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    attention = attention_implementation(model.attention)
-    if isinstance(model.language, str):
+def _language(
+    wanted: str | schema.RandomLanguage, attention_wanted: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    attention = attention_implementation(attention_wanted)
+    if isinstance(wanted, str):
         language = from_hub(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                model.language, dtype=torch.float32, attn_implementation=attention
-            ),
+            lambda: AutoModelForCausalLM.from_pretrained(wanted, dtype=torch.float32, attn_implementation=attention),
             "model.language",
-            model.language,
+            wanted,
         )
-        return language, load_tokenizer(model.language)
-    settings = dict(model.language.random)
-    tokenizer = byte_tokenizer() if model.language.tokenizer == "bytes" else load_tokenizer(model.language.tokenizer)
+        return language, load_tokenizer(wanted)
+    settings = dict(wanted.random)
+    tokenizer = byte_tokenizer() if wanted.tokenizer == "bytes" else load_tokenizer(wanted.tokenizer)
     try:
         settings.setdefault("vocab_size", len(tokenizer))
         language_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -280,33 +296,7 @@ def attention_implementation(wanted: str) -> str | None:
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else None
 
 
-def _provenance(name: str, language_config: Any, cache: Path | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"name": name}
-    folder = Path(name)
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-        record["sha256"] = {file.name: file_sha256(file, cache) for file in files}
-    else:
-        record["revision"] = language_config._commit_hash
-    return record
-
-
-def file_sha256(file: Path, cache: Path | None = None) -> str:
-    """The file's hash; remembered by size and time of change, since 14 GB of weights take half a minute to read."""
-    status = file.stat()
-    key = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()
-    memory = RecordCache(cache / "sha256.records") if cache is not None else None
-    known = memory.get(key) if memory is not None else None
-    if known is not None:
-        return known.decode()
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if memory is not None:
-        memory.put(key, digest.encode())
-    return digest
-
-
-def _vocabulary_parameters(language: PreTrainedModel) -> list[str]:
+def vocabulary_parameters(language: PreTrainedModel) -> list[str]:
     tables = {id(language.get_input_embeddings().weight)}
     head = language.get_output_embeddings()
     if head is not None:

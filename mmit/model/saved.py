@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.chat import Chat
-from mmit.data.chat_formats import ChatFormat
 from mmit.data.images import PictureFit
-from mmit.model.build import Assembly, add_lora, assemble, read_tensors, restore
+from mmit.model.build import Assembly, add_lora, assemble, restore
+from mmit.model.files import read_tensors
+from mmit.model.sources import chat_format
 
 FORMAT = 1
 
@@ -52,7 +53,7 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
     vision = assembly.vlm.vision
     return Saved(
         assembly=assembly,
-        chat=Chat(_chat_format(record["chat"]), assembly.tokenizer, placeholder=record["placeholder"]),
+        chat=Chat(chat_format(record["chat"]), assembly.tokenizer, placeholder=record["placeholder"]),
         fit=vision.fit_for(record["pictures"]) if vision is not None else None,
         image_tokens=record["image_tokens"],
         record=record,
@@ -64,13 +65,6 @@ def untrained(model: schema.Model, like: Saved, *, seed: int, cache: Path | None
     assembly = assemble(model, seed=seed, cache=cache)
     assembly.vlm.eval()
     return replace(like, assembly=assembly)
-
-
-def _chat_format(record: Mapping[str, Any]) -> ChatFormat:
-    """JSON has no tuples: lists of strings become them again."""
-    known = {field.name for field in fields(ChatFormat)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items() if key in known}
-    return ChatFormat(**values)
 
 
 def _check_sources(before: Mapping[str, Any], assembly: Assembly, folder: Path) -> None:

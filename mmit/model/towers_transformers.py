@@ -31,6 +31,9 @@ from mmit.model.tower_parts import (
 
 log = logging.getLogger(__name__)
 
+FILTERS: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
+"""The numbers by which processor files name what they resize with."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -156,11 +159,10 @@ def _transformers_pixels(spec: Vision, family: Family, config: Any) -> Pixels:
         raise ConfigError(f"{where} does not rescale and normalise; only towers of normalised pictures are supported")
     if abs(record.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise ConfigError(f"{where} rescales by {record['rescale_factor']}; only 1/255 is supported")
-    filters: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
     resample = int(record.get("resample", 3))
-    if resample not in filters:
+    if resample not in FILTERS:
         raise ConfigError(f"{where} resizes with filter {resample}; only 3 (bicubic) and 2 (bilinear) are supported")
-    side = spec.side or _processor_side(record) or config.image_size
+    side = spec.side or processor_side(record) or config.image_size
     if side != config.image_size and not (spec.side or family.any_side):
         raise ConfigError(
             f"{where} makes pictures of {side} pixels, but the weights are for {config.image_size}; "
@@ -170,11 +172,11 @@ def _transformers_pixels(spec: Vision, family: Family, config: Any) -> Pixels:
         side=side,
         mean=channels(record.get("image_mean", family.mean)),
         std=channels(record.get("image_std", family.std)),
-        interpolation=filters[resample],
+        interpolation=FILTERS[resample],
     )
 
 
-def _processor_side(record: dict[str, Any]) -> int | None:
+def processor_side(record: dict[str, Any]) -> int | None:
     """The side of the pictures a processor makes: of its crop, or of a square resize."""
     size = record.get("size", {})
     if record.get("do_center_crop") and "crop_size" in record:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor
 
 from mmit.config import ConfigError
-from mmit.model.build import read_tensors
+from mmit.model.files import read_tensors
 from mmit.training import parallel
 
 log = logging.getLogger(__name__)

@@ -85,7 +85,7 @@ def rendering_of(config: Config, stage: Stage, assembly: Assembly) -> Rendering:
         tokens = cast(Any, type(projector)).tokens_for(vision.tokens)
     return Rendering(
         chat=assembly.chat(stage.chat or config.model.chat),
-        fit=vision.fit_for(stage.pictures) if vision is not None else None,
+        fit=assembly.fit(stage.pictures),
         image_tokens=tokens,
         max_tokens=stage.max_tokens,
         over_long=stage.over_long,

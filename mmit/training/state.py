@@ -145,7 +145,7 @@ def describe(config: Config, number: int, assembly: Assembly) -> dict[str, Any]:
         "lora": assembly.lora.model_dump() if assembly.lora is not None else None,
         "chat": asdict(rendering.chat.format),
         "placeholder": assembly.placeholder,
-        "pictures": stage.pictures,
+        "pictures": rendering.fit.policy if rendering.fit is not None else None,
         "image_tokens": rendering.image_tokens,
         "max_tokens": stage.max_tokens,
     }

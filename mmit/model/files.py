@@ -1,0 +1,43 @@
+"""Tensors in files, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mmit.data.cache import RecordCache
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def provenance(name: str, language_config: Any, cache: Path | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": name}
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        record["sha256"] = {file.name: file_sha256(file, cache) for file in files}
+    else:
+        record["revision"] = language_config._commit_hash
+    return record
+
+
+def file_sha256(file: Path, cache: Path | None = None) -> str:
+    """The file's hash; remembered by size and time of change, since 14 GB of weights take half a minute to read."""
+    status = file.stat()
+    key = f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()
+    memory = RecordCache(cache / "sha256.records") if cache is not None else None
+    known = memory.get(key) if memory is not None else None
+    if known is not None:
+        return known.decode()
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if memory is not None:
+        memory.put(key, digest.encode())
+    return digest

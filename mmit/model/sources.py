@@ -1,0 +1,263 @@
+"""`model: {from: SOURCE}`: a whole model to go on from, whose parts and formats come from its own files.
+
+SOURCE is a run of ours, an export of ours, a transformers Llava (hub name or folder), or a folder in the layout of the
+LLaVA repository (`mm_*` keys in its config.json), as far as its tower can be had.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils.hub import cached_file
+
+from mmit import config as schema
+from mmit.config import ConfigError
+from mmit.data.chat_formats import ChatFormat, find_placeholder
+from mmit.data.images import Policy
+from mmit.model.build import (
+    Assembly,
+    add_placeholder,
+    attention_implementation,
+    from_hub,
+    load_tokenizer,
+    merge_lora,
+    vocabulary_parameters,
+)
+from mmit.model.files import file_sha256, provenance
+from mmit.model.projector import MlpProjector
+from mmit.model.projector_file import fill_projector, projector_tensors
+from mmit.model.tower_parts import Pixels, channels
+from mmit.model.towers_transformers import FILTERS, cut_tower, family_of, processor_side
+from mmit.model.vision import Select, VisionTower, build_vision
+from mmit.model.vlm import VLM
+
+RECORD = "mmit.json"
+LLAVA_REPOSITORY = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+"""`model_type` in the LLaVA repository -> of the language model in transformers."""
+
+
+def assemble_source(model: schema.Model, *, seed: int, cache: Path | None) -> Assembly:
+    """The parts of `model.source` in fp32 on the CPU, nothing fresh: every tensor has its file."""
+    assert model.source is not None
+    name = model.source
+    folder = Path(name)
+    if (folder / "model.json").exists() or (folder / "final/model.json").exists():
+        return _from_run(folder, cache)
+    raw, _ = from_hub(lambda: PreTrainedConfig.get_config_dict(name), "model.from", name)
+    if any(key.startswith("mm_") for key in raw):
+        return _from_llava_repository(name, raw, model, cache)
+    if raw.get("model_type") == "llava":
+        return _from_llava(name, model, cache)
+    if (own := record_of(name)) is not None:
+        from mmit.model.build import assemble
+
+        assembly = assemble(schema.Model(language=name, attention=model.attention), seed=seed, cache=cache)
+        assembly.own_chat = chat_format(own["chat"])
+        return assembly
+    raise ConfigError(
+        f"model.from: {name} is a {raw.get('model_type')!r}; name a Llava of transformers, an export or a run of mmit, "
+        f"or a folder of the LLaVA repository; for a language model alone write model.language: {name}"
+    )
+
+
+def record_of(name: str) -> dict[str, Any] | None:
+    """mmit.json of an export of ours, None for what others made."""
+    try:
+        file = cached_file(name, RECORD, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else None
+
+
+def chat_format(record: Mapping[str, Any]) -> ChatFormat:
+    """A format that was written as JSON, which has no tuples: lists of strings become them again."""
+    known = {field.name for field in fields(ChatFormat)}
+    values: dict[str, Any] = {key: value for key, value in record.items() if key in known}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return ChatFormat(**values)
+
+
+def _from_run(folder: Path, cache: Path | None) -> Assembly:
+    from mmit.model.saved import load_saved  # whose own model may come from a source
+
+    saved = load_saved(folder, cache=cache)
+    assembly = saved.assembly
+    if assembly.adapter is not None:
+        merge_lora(assembly)
+    tensors = (folder if (folder / "model.json").exists() else folder / "final") / "model.safetensors"
+    assembly.sources = {
+        "from": {
+            "name": str(folder),
+            "sha256": {tensors.name: file_sha256(tensors, cache)},
+            "sources": assembly.sources,
+        }
+    }
+    assembly.fresh.clear()
+    assembly.changed.clear()
+    assembly.own_chat = saved.chat.format
+    assembly.own_pictures = saved.fit.policy if saved.fit is not None else None
+    return assembly
+
+
+def _from_llava(name: str, model: schema.Model, cache: Path | None) -> Assembly:
+    config = from_hub(lambda: AutoConfig.from_pretrained(name), "model.from", name)
+    where = f"model.from: {name}"
+    layer = config.vision_feature_layer
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+    if not isinstance(layer, int):
+        raise ConfigError(f"{where} joins the hidden states {layer}; only models that read one can be gone on from")
+    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
+        raise ConfigError(f"{where}: its projector is not linear, GELU, linear with biases, as mmit's is")
+    twin, found = from_hub(
+        lambda: cast(Any, LlavaForConditionalGeneration).from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        ),
+        "model.from",
+        name,
+    )
+    lost = sorted(found["missing_keys"]) + [str(key) for key in found["mismatched_keys"]]
+    if lost:
+        raise ConfigError(f"{where} lacks {len(lost)} tensors of its own class ({lost[:3]}); name a whole checkpoint")
+    pixels, policy = _pixels(name, config.vision_config.image_size, where)
+    family = family_of(config.vision_config.model_type, name)
+    parts = cut_tower(twin.model.vision_tower, family, pixels, layer)
+    select = _select(config.vision_feature_select_strategy, parts.layout.has_cls, parts.layout.prefix, where)
+    vision = VisionTower(parts, select=select)
+    projector = MlpProjector(vision.dim, config.text_config.hidden_size)
+    old = twin.model.multi_modal_projector
+    projector.linears = nn.ModuleList([old.linear_1, old.linear_2])
+    own = record_of(name)
+    assembly = Assembly(
+        vlm=VLM(vision, projector, _causal_language(twin, model.attention)),
+        tokenizer=_speaking_tokenizer(name),
+        placeholder=config.image_token_id,
+        sources={"from": provenance(name, config, cache)},
+        fresh=set(),
+        own_chat=chat_format(own["chat"]) if own is not None else None,
+        own_pictures=policy,
+    )
+    assembly.vlm.requires_grad_(False)
+    return assembly
+
+
+def _causal_language(twin: Any, attention: str) -> PreTrainedModel:
+    """The causal LM that Llava's base model and head make up, sharing their modules."""
+    text = twin.config.text_config
+    text.tie_word_embeddings = twin.config.tie_word_embeddings
+    with torch.device("meta"):
+        language: Any = AutoModelForCausalLM.from_config(text)
+    setattr(language, language.base_model_prefix, twin.model.language_model)
+    language.set_output_embeddings(twin.lm_head)
+    if (implementation := attention_implementation(attention)) is not None:
+        language.set_attn_implementation(implementation)
+    return language
+
+
+def _speaking_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, with the template of the processor where it has none of its own."""
+    tokenizer = load_tokenizer(name)
+    if tokenizer.chat_template is None:
+        processor = from_hub(lambda: AutoProcessor.from_pretrained(name), "model.from", name)
+        tokenizer.chat_template = processor.chat_template
+    return tokenizer
+
+
+def _pixels(name: str, side: int, where: str) -> tuple[Pixels, Policy]:
+    """How the model's own processor fits and normalises pictures."""
+    record, _ = from_hub(lambda: ImageProcessingMixin.get_image_processor_dict(name), "model.from", name)
+    resample = int(record.get("resample", 3))
+    if resample not in FILTERS or processor_side(record) != side:
+        raise ConfigError(
+            f"{where}: its processor makes pictures of {processor_side(record)} pixels with filter {resample}; "
+            f"mmit makes squares of the tower's side, {side}, with 3 (bicubic) or 2 (bilinear)"
+        )
+    policy: Policy = "squash"
+    if record.get("do_pad"):
+        policy = "pad"
+    elif record.get("do_center_crop"):
+        policy = "crop"
+    return Pixels(side, channels(record["image_mean"]), channels(record["image_std"]), FILTERS[resample]), policy
+
+
+def _select(strategy: str, has_cls: bool, prefix: int, where: str) -> Select:
+    if prefix > 1:
+        raise ConfigError(f"{where}: feeds register tokens to its LLM, which mmit does not")
+    match strategy, has_cls:
+        case "default", True:
+            return "patch"
+        case "full", True:
+            return "cls_patch"
+        case "full", False:
+            return "patch"
+    raise ConfigError(f"{where}: vision_feature_select_strategy {strategy!r} drops a patch of a tower without cls")
+
+
+def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Model, cache: Path | None) -> Assembly:
+    """Language model and projector from the folder, the tower from where its config.json says."""
+    where, folder = f"model.from: {name}", Path(name)
+    kind, tower = raw.get("model_type"), raw.get("mm_vision_tower")
+    if kind not in LLAVA_REPOSITORY or not isinstance(tower, str) or not folder.is_dir():
+        raise ConfigError(
+            f"{where}: model_type {kind!r} with mm_vision_tower {tower!r}; a downloaded folder of the LLaVA repository "
+            f"({', '.join(LLAVA_REPOSITORY)}) can be gone on from, or the same model from the Hub as a Llava of "
+            f"transformers (llava-hf/...)"
+        )
+    depth = {"linear": 1, "mlp2x_gelu": 2}.get(str(raw.get("mm_projector_type", "linear")))
+    if depth is None:
+        raise ConfigError(f"{where}: mm_projector_type {raw['mm_projector_type']!r}; mmit has linear and mlp2x_gelu")
+    sizes = {key: value for key, value in raw.items() if not key.startswith("mm_") and key != "model_type"}
+    config = AutoConfig.for_model(LLAVA_REPOSITORY[kind], **sizes)
+    language = from_hub(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation=attention_implementation(model.attention)
+        ),
+        "model.from",
+        name,
+    )
+    select: Select = "cls_patch" if raw.get("mm_vision_select_feature") == "cls_patch" else "patch"
+    layer = int(raw.get("mm_vision_select_layer", -2))
+    vision = build_vision(schema.Vision(library="transformers", name=_tower(folder, tower), layer=layer, select=select))
+    projector = MlpProjector(vision.dim, language.get_input_embeddings().weight.shape[1], depth=depth)
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    tensors = {key: value for file in files for key, value in projector_tensors(file, where).items()}
+    fill_projector(projector, {key: value for key, value in tensors.items() if "mm_projector" in key}, where)
+    tokenizer = load_tokenizer(name)
+    placeholder, fresh = find_placeholder(tokenizer), set()
+    if placeholder is None:
+        placeholder = add_placeholder(tokenizer, language)
+        fresh = {f"language.{parameter}" for parameter in vocabulary_parameters(language)}
+    assembly = Assembly(
+        vlm=VLM(vision, projector, language),
+        tokenizer=tokenizer,
+        placeholder=placeholder,
+        sources={
+            "from": provenance(name, config, cache),
+            "vision": {"name": tower, "fingerprint": vision.fingerprint()},
+        },
+        fresh=fresh,
+        own_pictures="pad" if raw.get("image_aspect_ratio") == "pad" else "crop",
+    )
+    assembly.vlm.requires_grad_(False)
+    return assembly
+
+
+def _tower(folder: Path, name: str) -> str:
+    """A tower that lies in or beside the folder, else its hub name."""
+    beside = [folder / Path(name).name, folder.parent / Path(name).name]
+    return next((str(place) for place in beside if (place / "config.json").exists()), name)
