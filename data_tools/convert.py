@@ -8,11 +8,9 @@ finished shards by their records. The index is written last, so a folder without
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import threading
 import time
@@ -24,10 +22,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_tools.album import MissingPicture, develop, missing
 from data_tools.formats import FORMATS, options_for, samples_function, samples_of
+from data_tools.plan import VERSION, Settings, digest_of, folder_digest, plain_name, plan_of
 from data_tools.rows import Placed, Rejected
 from data_tools.turns import stripped
 from mmit.config import ConfigError, Source
@@ -36,40 +35,13 @@ from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, Writ
 from mmit.data.shard_writer import shard_name, write_index, write_shard
 from mmit.data.shards import ShardSet
 
-VERSION = 1
-"""Raised when the same input and options give other samples than before, so that caches are made anew."""
-
 WORK = ".unfinished"
 CONVERSION = "conversion.json"
 REJECTED = "rejected.jsonl"
 
-OnMissing = Literal["error", "drop", "text-only"]
-OnBad = Literal["error", "drop"]
-
 
 class RejectedRows(SampleError):
     """Some rows became no sample. The shard set of the others is complete."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How rows become shards, apart from the format's own options."""
-
-    source: str | None = None
-    """Name of the samples' origin, in every sample and in metrics; default: the input's name."""
-    on_missing: OnMissing = "error"
-    """A picture file that is not there: `error` before anything is written, `drop` the row, or keep its text."""
-    on_bad: OnBad = "error"
-    """Rows that cannot be read or are wrong: the others are written, and it ends with an error, or (`drop`) well."""
-    decode: bool = True
-    """Decode every picture once with the trainer's decoder."""
-    keep_metadata: bool = False
-    """Copy the bytes of the pictures as they are, EXIF and all."""
-    window: tuple[float, float] | None = None
-    """Values of 16-bit pictures shown as black and white."""
-    license: str | None = None
-    """Licence of the input, carried to the model card."""
-    rows_per_shard: int = 1000
 
 
 @dataclass(frozen=True)
@@ -105,12 +77,14 @@ def convert(
     options = options_for(format, options or {})
     samples_function(format)
     _check(settings, processes, part)
-    plan = _plan(format, path, options, settings, part)
+    plan = plan_of(format, path, options, settings, part)
     if (out / INDEX).exists():
         return _already_there(out, plan, settings)
     _start(out, plan)
     _refuse_missing(format, path, root, options, settings, part)
-    source = settings.source or _plain(path.name if path.suffix == "" else path.name.split(".")[0]) or _plain(format)
+    source = (
+        settings.source or plain_name(path.name if path.suffix == "" else path.name.split(".")[0]) or plain_name(format)
+    )
     items = samples_of(format, path, root, options)
     total = rejected = 0
     for outcome in _outcomes(items, path.name, source, settings, out, processes, part):
@@ -139,14 +113,14 @@ def converted(
     settings = Settings(**{key: _setting(key, value) for key, value in record.options.items() if key in known})
     options = options_for(record.format, {key: value for key, value in record.options.items() if key not in known})
     path = Path(record.path)
-    key = _digest(
+    key = digest_of(
         {
             "version": VERSION,
-            "plan": _plan(record.format, path, options, settings, None),
-            "images": _folder_digest(Path(record.images)) if record.images is not None else None,
+            "plan": plan_of(record.format, path, options, settings, None),
+            "images": folder_digest(Path(record.images)) if record.images is not None else None,
         }
     )
-    folder = Path(cache) / "converted" / f"{_plain(record.format.rpartition(':')[2])}-{key[:24]}"
+    folder = Path(cache) / "converted" / f"{plain_name(record.format.rpartition(':')[2])}-{key[:24]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -176,68 +150,6 @@ def _check(settings: Settings, processes: int, part: tuple[int, int] | None) -> 
     for name, allowed in choices.items():
         if asdict(settings)[name] not in allowed:
             raise ConfigError(f"{name}: {asdict(settings)[name]!r} is unknown; write one of {', '.join(allowed)}")
-
-
-# The plan: what makes two conversions the same ------------------------------------------------------------------------
-
-
-def _plan(
-    format: str, path: Path, options: Mapping[str, Any], settings: Settings, part: tuple[int, int] | None
-) -> dict[str, Any]:
-    made = format in FORMATS and FORMATS[format].from_nothing
-    choices = {key: value for key, value in asdict(settings).items() if key != "on_bad"}
-    return {
-        "version": VERSION,
-        "format": format,
-        "input": path.name,
-        "content": None if made else content_digest(path),
-        "options": {key: _option_digest(value) for key, value in options.items()},
-        "settings": choices | {"window": list(settings.window) if settings.window else None},
-        "part": list(part) if part else None,
-    }
-
-
-def _option_digest(value: Any) -> Any:
-    """The value as JSON; a value that names a file counts with the content of that file."""
-    if isinstance(value, str | Path) and value and Path(value).is_file():
-        return {"file": Path(value).name, "sha256": content_digest(Path(value))}
-    return json.loads(json.dumps(value, default=str))
-
-
-def content_digest(path: Path) -> str:
-    """sha256 of a file; of a folder, over the names, sizes and times of its files."""
-    if path.is_dir():
-        return _folder_digest(path)
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); check the path (relative ones start in {Path.cwd()})"
-        ) from None
-
-
-def _folder_digest(folder: Path) -> str:
-    """A picture replaced by another of the same size within the same nanosecond goes unseen; all else is seen."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; `images` names the folder below which the pictures lie")
-    digest = hashlib.sha256()
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            path = os.path.join(place, name)
-            status = os.stat(path, follow_symlinks=os.path.exists(path))
-            record = (os.path.relpath(path, folder), status.st_size, status.st_mtime_ns)
-            digest.update(repr(record).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _digest(record: Any) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:60]
 
 
 # Before: what an earlier run left, and pictures that are not there ----------------------------------------------------

@@ -1,0 +1,101 @@
+"""What makes two conversions the same: the content of the input, the options, the settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_tools.formats import FORMATS
+from mmit.config import ConfigError
+
+VERSION = 1
+"""Raised when the same input and options give other samples than before, so that caches are made anew."""
+
+OnMissing = Literal["error", "drop", "text-only"]
+OnBad = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows become shards, apart from the format's own options."""
+
+    source: str | None = None
+    """Name of the samples' origin, in every sample and in metrics; default: the input's name."""
+    on_missing: OnMissing = "error"
+    """A picture file that is not there: `error` before anything is written, `drop` the row, or keep its text."""
+    on_bad: OnBad = "error"
+    """Rows that cannot be read or are wrong: the others are written, and it ends with an error, or (`drop`) well."""
+    decode: bool = True
+    """Decode every picture once with the trainer's decoder."""
+    keep_metadata: bool = False
+    """Copy the bytes of the pictures as they are, EXIF and all."""
+    window: tuple[float, float] | None = None
+    """Values of 16-bit pictures shown as black and white."""
+    license: str | None = None
+    """Licence of the input, carried to the model card."""
+    rows_per_shard: int = 1000
+
+
+def plan_of(
+    format: str, path: Path, options: Mapping[str, Any], settings: Settings, part: tuple[int, int] | None
+) -> dict[str, Any]:
+    made = format in FORMATS and FORMATS[format].from_nothing
+    choices = {key: value for key, value in asdict(settings).items() if key != "on_bad"}
+    return {
+        "version": VERSION,
+        "format": format,
+        "input": path.name,
+        "content": None if made else content_digest(path),
+        "options": {key: _option_digest(value) for key, value in options.items()},
+        "settings": choices | {"window": list(settings.window) if settings.window else None},
+        "part": list(part) if part else None,
+    }
+
+
+def _option_digest(value: Any) -> Any:
+    """The value as JSON; a value that names a file counts with the content of that file."""
+    if isinstance(value, str | Path) and value and Path(value).is_file():
+        return {"file": Path(value).name, "sha256": content_digest(Path(value))}
+    return json.loads(json.dumps(value, default=str))
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a file; of a folder, over the names, sizes and times of its files."""
+    if path.is_dir():
+        return folder_digest(path)
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); check the path (relative ones start in {Path.cwd()})"
+        ) from None
+
+
+def folder_digest(folder: Path) -> str:
+    """A picture replaced by another of the same size within the same nanosecond goes unseen; all else is seen."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; `images` names the folder below which the pictures lie")
+    digest = hashlib.sha256()
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.join(place, name)
+            status = os.stat(path, follow_symlinks=os.path.exists(path))
+            record = (os.path.relpath(path, folder), status.st_size, status.st_mtime_ns)
+            digest.update(repr(record).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def digest_of(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plain_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:60]
