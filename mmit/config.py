@@ -113,6 +113,9 @@ class Model(Section):
     projector: Projector | None = None
     chat: str = "auto"
     """Chat format: `auto` (learned from the tokenizer's template), a built-in, or `package.module:NAME`."""
+    add_tokens: list[str] = []
+    """New control tokens, such as those of a chat format that the tokenizer lacks. Their rows start as the mean of all
+    rows and train with the language model, beside a LoRA too."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
 
     @model_validator(mode="before")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +51,8 @@ class Assembly:
     lora: schema.Lora | None = None
     own_chat: ChatFormat | None = None
     """What chat: auto means, where the model came with a format of its own (`model.from`)."""
+    added_tokens: tuple[int, ...] = ()
+    """Ids of `model.add_tokens`, whose rows train beside a LoRA too."""
     own_pictures: Policy | None = None
     """How the model was shown pictures before, where it comes from (`model.from`)."""
 
@@ -82,7 +85,15 @@ def assemble(model: schema.Model, *, seed: int, cache: Path | None = None) -> As
     if model.source is not None:
         from mmit.model.sources import assemble_source  # which loads runs, and these are assembled here
 
-        return assemble_source(model, seed=seed, cache=cache)
+        assembly = assemble_source(model, seed=seed, cache=cache)
+    else:
+        assembly = _assemble_parts(model, cache)
+    if model.add_tokens:
+        _add_tokens(assembly, model.add_tokens)
+    return assembly
+
+
+def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
     assert model.language is not None
     language, tokenizer = _language(model.language, model.attention)
     sources: dict[str, Any] = {}
@@ -114,6 +125,15 @@ def assemble(model: schema.Model, *, seed: int, cache: Path | None = None) -> As
     vlm = VLM(vision, projector, language)
     vlm.requires_grad_(False)
     return Assembly(vlm, tokenizer, placeholder, sources, fresh)
+
+
+def _add_tokens(assembly: Assembly, tokens: Sequence[str]) -> None:
+    known = [token for token in tokens if token in assembly.tokenizer.get_vocab()]
+    if known or len(set(tokens)) < len(tokens):
+        raise ConfigError(f"model.add_tokens: {', '.join(known) or 'a token twice'}: is a token already; remove it")
+    assembly.added_tokens = tuple(add_rows(assembly.tokenizer, assembly.vlm.language, tokens))
+    assembly.fresh |= {f"language.{name}" for name in vocabulary_parameters(assembly.vlm.language)}
+    assembly.vlm.requires_grad_(False)
 
 
 def add_lora(assembly: Assembly, lora: schema.Lora, *, seed: int) -> None:
@@ -196,12 +216,29 @@ def set_trained(
     if train.language is not None:
         for name, parameter in vlm.language.named_parameters():
             parameter.requires_grad_(train.language.lora is None or ".lora_" in name)
+        for parameter in beside_lora(assembly, train):
+            parameter.requires_grad_(True)
+            parameter.register_hook(partial(_only_rows, assembly.added_tokens))
     kept = assembly.kept()  # what checkpoints hold stays whole even where it is frozen now: a later stage may train it
     for name, parameter in vlm.named_parameters():
         parameter.data = parameter.data.to(trained_dtype if name in kept else frozen_dtype)
     for buffer in vlm.buffers():
         if buffer.is_floating_point() and trained_dtype == torch.float64:
             buffer.data = buffer.data.to(trained_dtype)
+
+
+def beside_lora(assembly: Assembly, train: schema.Train) -> list[nn.Parameter]:
+    """Vocabulary tables of which the rows of added tokens, and no others, train beside a LoRA."""
+    if not assembly.added_tokens or train.language is None or train.language.lora is None:
+        return []
+    return [assembly.vlm.language.get_parameter(name) for name in vocabulary_parameters(assembly.vlm.language)]
+
+
+def _only_rows(rows: Sequence[int], gradient: Tensor) -> Tensor:
+    """The gradient with 0 in all other rows: AdamW then leaves them bit for bit, as they are never decayed either."""
+    kept = torch.zeros_like(gradient)
+    kept[list(rows)] = gradient[list(rows)]
+    return kept
 
 
 def set_modes(assembly: Assembly, train: schema.Train, *, gradient_checkpointing: bool) -> None:
@@ -218,17 +255,24 @@ def set_modes(assembly: Assembly, train: schema.Train, *, gradient_checkpointing
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel) -> int:
-    """A new special token and its row, the mean of all rows; never a label. Returns its id."""
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
-    placeholder = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
+    """A new special token for pictures; never a label. Returns its id."""
+    (placeholder,) = add_rows(tokenizer, language, ["<image>"])
+    return placeholder
+
+
+def add_rows(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel, tokens: Sequence[str]) -> list[int]:
+    """Makes `tokens` special tokens, whose rows are the mean of all rows before them. Returns their ids."""
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+    ids = [cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens]
     rows = language.get_input_embeddings().weight.shape[0]
-    if placeholder >= rows:
-        language.resize_token_embeddings(placeholder + 1, mean_resizing=False)
+    if max(ids) >= rows:
+        language.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with torch.no_grad():
         for name in vocabulary_parameters(language):
             weight = language.get_parameter(name)
-            weight[placeholder] = weight[:rows].float().mean(0).to(weight.dtype)
-    return placeholder
+            weight[ids] = weight[: min(rows, known)].float().mean(0).to(weight.dtype)
+    return ids
 
 
 def embedding_rms(language: PreTrainedModel) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmit.config import Stage, Trained
-from mmit.model.build import Assembly
+from mmit.model.build import Assembly, beside_lora
 
 
 def build_optimizer(assembly: Assembly, stage: Stage) -> torch.optim.AdamW:
@@ -19,12 +19,15 @@ def build_optimizer(assembly: Assembly, stage: Stage) -> torch.optim.AdamW:
         "projector": stage.train.projector,
         "language": stage.train.language,
     }
+    # Only a few rows of these train; a decay would move the others.
+    undecayed = {id(parameter) for parameter in beside_lora(assembly, stage.train)}
     for name, part in assembly.parts().items():
         settings = rates[name]
         if settings is None:
             continue
         for decays in (True, False):
-            parameters = [p for p in part.parameters() if p.requires_grad and (p.ndim >= 2) == decays]
+            trained = [p for p in part.parameters() if p.requires_grad]
+            parameters = [p for p in trained if (p.ndim >= 2 and id(p) not in undecayed) == decays]
             if parameters:
                 decay = stage.weight_decay if decays else 0.0
                 groups.append(
