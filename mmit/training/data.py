@@ -106,7 +106,10 @@ def row_tokens(stage: Stage, on_cuda: bool) -> int:
 
 
 def too_long(steps: Steps, titles: Sequence[str]) -> list[str]:
-    """Before step 0: what max_tokens will cut or drop, by source; exact for small sources, else from a sample."""
+    """Before step 0: what max_tokens will cut or drop, by source; exact for small sources, else from a sample.
+
+    ConfigError if nothing of a source would be left: a run on it would end well and have learned nothing.
+    """
     lines = []
     for title, encoder, origin in zip(titles, steps.encoders, steps.order.origins, strict=False):
         size = len(origin.indices)
@@ -116,6 +119,11 @@ def too_long(steps: Steps, titles: Sequence[str]) -> list[str]:
             outcome = steps.try_example(encoder, int(index))
             dropped += isinstance(outcome, str)
             cut += isinstance(outcome, tuple) and outcome[1]
+        if dropped == len(looked_at):
+            raise ConfigError(
+                f"max_tokens: {encoder.rendering.max_tokens} leaves nothing of source {title}: each of the {dropped} "
+                f"samples looked at is longer, in its first turn or whole; raise max_tokens"
+            )
         if cut or dropped:
             among = "all" if size <= SURVEYED else f"{len(looked_at)} sampled of"
             lines.append(f"{title}: max_tokens cuts {cut} and drops {dropped} of {among} {size} samples")

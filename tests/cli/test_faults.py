@@ -142,3 +142,14 @@ def test_a_language_model_that_is_nowhere_is_told(
     assert "model.language" in told
     assert "no-model" in told
     assert "Traceback" not in told
+
+
+def test_a_max_tokens_that_leaves_nothing_is_told_instead_of_a_run_that_learns_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe(tmp_path, {"shards": str(texts(tmp_path / "shards"))})
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree["stages"][0]["max_tokens"] = 5
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert train(monkeypatch, file) == 2
+    assert "max_tokens: 5 leaves nothing of source shards" in capsys.readouterr().err
