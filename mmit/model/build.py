@@ -30,7 +30,7 @@ from mmit.model.files import provenance
 from mmit.model.projector import build_projector
 from mmit.model.projector_file import start_projector
 from mmit.model.vision import CachedTower, VisionTower, build_vision
-from mmit.model.vlm import VLM
+from mmit.model.vlm import VLM, embedding_table
 
 
 @dataclass
@@ -117,7 +117,7 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
         if model.vision.cache and cache is not None:
             vision.requires_grad_(False)
             vision = CachedTower(vision, RecordCache(cache / "features" / f"{vision.fingerprint()[:32]}.features"))
-        projector = build_projector(model.projector, vision.dim, language.get_input_embeddings().weight.shape[1])
+        projector = build_projector(model.projector, vision.dim, embedding_table(language).shape[1])
         if model.projector.source is None:
             fresh |= {f"projector.{name}" for name, _ in projector.named_parameters()}
         else:
@@ -265,7 +265,7 @@ def add_rows(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel, toke
     known = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
     ids = [cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens]
-    rows = language.get_input_embeddings().weight.shape[0]
+    rows = len(embedding_table(language))
     if max(ids) >= rows:
         language.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with torch.no_grad():
@@ -335,13 +335,13 @@ def attention_implementation(wanted: str) -> str | None:
     """None leaves it to transformers: sdpa where the model has it, else eager."""
     if wanted != "auto":
         return wanted
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else None
 
 
 def vocabulary_parameters(language: PreTrainedModel) -> list[str]:
-    tables = {id(language.get_input_embeddings().weight)}
+    tables = {id(embedding_table(language))}
     head = language.get_output_embeddings()
     if head is not None:
         tables.add(id(head.weight))

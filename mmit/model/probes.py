@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmit.config import ConfigError
 from mmit.data.packing import Example, Row, pack
-from mmit.model.vlm import VLM
+from mmit.model.vlm import VLM, embedding_table
 
 LENGTHS = (13, 9, 17)
 LARGE = 40.0
@@ -79,11 +79,11 @@ def probe_head(vlm: VLM, device: torch.device, *, through: nn.Module | None = No
 
 def chunk_for(vlm: VLM) -> int:
     """Tokens whose fp32 logits take about 256 MiB."""
-    return max(64, 2**26 // vlm.language.get_input_embeddings().weight.shape[0])
+    return max(64, 2**26 // len(embedding_table(vlm.language)))
 
 
 def _random_ids(vlm: VLM, length: int, generator: torch.Generator) -> Tensor:
-    rows = vlm.language.get_input_embeddings().weight.shape[0]
+    rows = len(embedding_table(vlm.language))
     return torch.randint(rows, (length,), generator=generator, dtype=torch.int32)
 
 

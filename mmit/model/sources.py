@@ -45,7 +45,7 @@ from mmit.model.projector_file import fill_projector, projector_tensors
 from mmit.model.tower_parts import Pixels, channels
 from mmit.model.towers_transformers import FILTERS, cut_tower, family_of, processor_side
 from mmit.model.vision import Select, VisionTower, build_vision
-from mmit.model.vlm import VLM
+from mmit.model.vlm import VLM, embedding_table
 
 RECORD = "mmit.json"
 LLAVA_REPOSITORY = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -233,7 +233,7 @@ def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Mode
     select: Select = "cls_patch" if raw.get("mm_vision_select_feature") == "cls_patch" else "patch"
     layer = int(raw.get("mm_vision_select_layer", -2))
     vision = build_vision(schema.Vision(library="transformers", name=_tower(folder, tower), layer=layer, select=select))
-    projector = MlpProjector(vision.dim, language.get_input_embeddings().weight.shape[1], depth=depth)
+    projector = MlpProjector(vision.dim, embedding_table(language).shape[1], depth=depth)
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     tensors = {key: value for file in files for key, value in projector_tensors(file, where).items()}
     fill_projector(projector, {key: value for key, value in tensors.items() if "mm_projector" in key}, where)

@@ -92,6 +92,11 @@ class VLM(nn.Module):
         return torch.cat([cast(Tensor, checkpoint(losses, *piece, use_reentrant=False)) for piece in pieces])
 
 
+def embedding_table(language: PreTrainedModel) -> Tensor:
+    """The word embeddings `(V, H)`."""
+    return cast(nn.Embedding, language.get_input_embeddings()).weight
+
+
 def place_images(embeds: Tensor, features: Tensor, is_image: Tensor) -> Tensor:
     """Token embeddings (1, T, H) with the rows that `is_image` (1, T) marks replaced by `features` (S, P, H) in order.
 
