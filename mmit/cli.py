@@ -133,7 +133,7 @@ def demo(
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="The folder to write; it appears whole and verified, or not at all.")],
-    format: Annotated[str, typer.Option("--format", help="transformers, or mmit for what has no twin there.")] = (
+    format: Annotated[str, typer.Option("--format", help="transformers, gguf, or mmit for what has no twin.")] = (
         "transformers"
     ),
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",

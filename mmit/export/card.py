@@ -35,7 +35,7 @@ def model_card(run: Path, saved: Saved, parity: Parity, *, name: str, format: st
 def _header(saved: Saved, format: str) -> dict[str, Any]:
     multimodal = saved.fit is not None
     header: dict[str, Any] = {
-        "library_name": "transformers" if format == "transformers" else "mmit",
+        "library_name": format,
         "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
         "tags": ["mmit", "instruction-tuning", *(["vision-language", "llava"] if multimodal else [])],
     }
@@ -71,6 +71,10 @@ def _what(saved: Saved, *, adapter: bool, dtype: str) -> str:
 
 
 def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
+    if format == "gguf":
+        eyes = " --mmproj mmproj.gguf --image photo.jpg" if saved.fit is not None else ""
+        program = "llama-mtmd-cli" if saved.fit is not None else "llama-cli"
+        return f'```\n{program} -m model.gguf{eyes} -p "What is this?" --temp 0\n```'
     if format == "mmit":
         return '```python\nimport mmit\n\nmodel = mmit.load("PATH")\n```'
     if saved.fit is None:
@@ -175,7 +179,8 @@ def _metrics(file: Path) -> str:
 
 
 def _checked(parity: Parity, format: str) -> str:
-    loader = "transformers' Auto classes" if format == "transformers" else "mmit"
+    loaders = {"transformers": "transformers' Auto classes", "gguf": "transformers' GGUF reader (the language model)"}
+    loader = loaders.get(format, "mmit")
     return f"## Checked\n\nLoaded again by {loader}, beside the trained model, in fp32: {parity.sentence()}."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +20,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mmit.config import ConfigError, suggest
 from mmit.export.adapter import write_adapter
 from mmit.export.card import model_card
-from mmit.export.llava import generation_config, language_tensors, llava_model, published_names
+from mmit.export.gguf import language_difference, write_gguf
+from mmit.export.llava import ExportError, generation_config, language_tensors, llava_model, published_names
 from mmit.export.processor import processor
-from mmit.export.verify import Parity, compare, load_export, probes, said, said_by_export
+from mmit.export.verify import TOLERANCE, Parity, Said, compare, load_export, probes, said, said_by_export
 from mmit.model.build import merge_lora
 from mmit.model.saved import Saved, load_saved
 
@@ -31,7 +33,7 @@ ADAPTER = "adapter"
 SHARD = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Format = Literal["transformers", "mmit"]
+Format = Literal["transformers", "mmit", "gguf"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -58,6 +60,8 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; remove it, or name another folder")
+    if format == "gguf" and adapter:
+        raise ConfigError("--format gguf: writes merged weights; leave out --adapter")
     if format == "mmit" and (adapter or dtype != "float32"):
         raise ConfigError("--format mmit: writes merged weights as they were trained; leave out --adapter and --dtype")
     saved = load_saved(run)
@@ -83,6 +87,10 @@ def export(
             write_run(saved, temporary)
             again = load_saved(temporary)
             found = [said(again, conversation) for conversation in conversations]
+            parity = compare(expected, found, saved, str(out))
+        elif format == "gguf":
+            write_gguf(saved, temporary, dtype)
+            parity = _read_back(saved, temporary, expected)
         else:
             _write(saved, temporary, dtype)
             if adapter:
@@ -90,7 +98,7 @@ def export(
             place = temporary / ADAPTER if adapter else None
             model, speaker = load_export(temporary, multimodal=saved.fit is not None, adapter=place)
             found = [said_by_export(model, speaker, conversation) for conversation in conversations]
-        parity = compare(expected, found, saved, str(out))
+            parity = compare(expected, found, saved, str(out))
         _write_record(saved, temporary / RECORD, parity)
         card = model_card(run, saved, parity, name=out.name, format=format, dtype=dtype, adapter=adapter)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -154,6 +162,14 @@ def _write(saved: Saved, folder: Path, dtype: Dtype) -> None:
     tensors = published_names(model.state_dict(), tied=model.config.tie_word_embeddings)
     rounded = {name: value.to(DTYPES[dtype]).contiguous() for name, value in tensors.items()}
     save_torch_state_dict(rounded, folder, max_shard_size=SHARD, metadata={"format": "pt"})
+
+
+def _read_back(saved: Saved, folder: Path, expected: Sequence[Said]) -> Parity:
+    """The language part as transformers' GGUF reader has it; ExportError if its logits differ."""
+    difference, size = language_difference(saved, folder, [item.ids for item in expected])
+    if not difference <= TOLERANCE * max(1.0, size):
+        raise ExportError(f"{folder}: logits of the language model differ by {difference:.1e} (largest {size:.3g})")
+    return Parity(len(expected), 0, sum(len(item.ids) for item in expected), difference, size, 0)
 
 
 def _plain_language(language: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,269 @@
+"""GGUF for llama.cpp: the language model, and for CLIP towers the mmproj (tower and projector).
+
+Needs the extra `gguf`. What is written is read back through transformers' own GGUF reader and compared; that
+llama.cpp itself answers the same is a soak test (`tests/export/test_gguf.py`). llama.cpp's GELU is the tanh
+approximation, so image vectors come out within about 1e-2 there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mmit.data.chat import Chat
+from mmit.export.llava import ExportError, language_tensors
+from mmit.export.targets import LLAMA_CPP, targets
+from mmit.export.towers import tower_config, tower_tensors
+from mmit.model.build import Assembly
+from mmit.model.projector import MlpProjector
+from mmit.model.saved import Saved
+
+LANGUAGE, MMPROJ = "model.gguf", "mmproj.gguf"
+
+BLOCK = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+WHOLE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+CLIP_BLOCK = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "layer_norm1": "ln1",
+    "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+CLIP_WHOLE = {
+    "embeddings.class_embedding": "v.class_embd",
+    "embeddings.patch_embedding.weight": "v.patch_embd.weight",
+    "embeddings.position_embedding.weight": "v.position_embd.weight",
+    "pre_layrnorm.weight": "v.pre_ln.weight",
+    "pre_layrnorm.bias": "v.pre_ln.bias",
+}
+# How a byte-level tokenizer cuts text before merging, as a pattern in its tokenizer.json -> llama.cpp's name for it.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {WORDS + r"\p{N}" + REST: "qwen2", WORDS + r"\p{N}{1,3}" + REST: "llama-bpe"}
+
+
+def write_gguf(saved: Saved, folder: Path, dtype: str) -> None:
+    """`model.gguf` and, with a tower, `mmproj.gguf`; ExportError if llama.cpp computes this model otherwise."""
+    reason = next((line for line in targets(saved.assembly) if "only (" in line or "not llama.cpp" in line), None)
+    if reason is not None:
+        raise ExportError(
+            f"--format gguf: {reason}. What llama.cpp is given: {', '.join(LLAMA_CPP)} language models and CLIP towers "
+            f"with select: patch before an mlp of depth 2"
+        )
+    if dtype == "bfloat16":
+        raise ExportError("--format gguf: write --dtype float32 or float16; llama-quantize makes smaller ones of it")
+    _write_language(saved.assembly, saved.chat, folder / LANGUAGE, dtype)
+    if saved.assembly.vlm.vision is not None:
+        _write_mmproj(saved.assembly, folder / MMPROJ, dtype)
+
+
+@torch.no_grad()
+def language_difference(saved: Saved, folder: Path, ids: list[list[int]]) -> tuple[float, float]:
+    """Largest difference of logits between `model.gguf`, as transformers reads it, and ours; and the largest logit."""
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=LANGUAGE, dtype=torch.float32).eval()
+    gaps, sizes = [0.0], [0.0]
+    for row in ids:
+        batch = torch.tensor([row])
+        ours = cast(Any, saved.assembly.vlm.language)(input_ids=batch, use_cache=False).logits
+        other = theirs(input_ids=batch, use_cache=False).logits[..., : ours.shape[-1]]
+        gaps.append(float((ours - other).abs().max()))
+        sizes.append(float(ours.abs().max()))
+    return max(gaps), max(sizes)
+
+
+def _writer(file: Path, architecture: str) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ExportError("--format gguf: needs the gguf package: pip install 'mmit[gguf]'") from None
+    return gguf.GGUFWriter(file, architecture)
+
+
+def _finish(writer: Any, tensors: Iterator[tuple[str, Tensor]], dtype: str) -> None:
+    for name, value in tensors:
+        array = value.detach().float().contiguous().numpy()
+        matrix = array.ndim >= 2 and dtype == "float16" and not name.startswith("v.position")
+        writer.add_tensor(name, array.astype(np.float16) if matrix else array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_language(assembly: Assembly, chat: Chat, file: Path, dtype: str) -> None:
+    language = assembly.vlm.language
+    config: Any = language.config
+    architecture = LLAMA_CPP[config.model_type]
+    rope = dict(config.rope_parameters or {})
+    if rope.get("rope_type", "default") != "default":
+        raise ExportError(f"--format gguf: rope of type {rope['rope_type']!r}; only the plain one is written")
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        raise ExportError("--format gguf: a sliding window, which llama.cpp's llama does not have")
+    writer = _writer(file, architecture)
+    heads = config.num_attention_heads
+    width = config.head_dim if "head_dim" in config.to_dict() and config.head_dim else config.hidden_size // heads
+    writer.add_file_type(1 if dtype == "float16" else 0)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer, assembly.tokenizer, chat, config.vocab_size)
+    _finish(writer, _language_tensors(assembly, architecture), dtype)
+
+
+def _language_tensors(assembly: Assembly, architecture: str) -> Iterator[tuple[str, Tensor]]:
+    language = assembly.vlm.language
+    config: Any = language.config
+    for name, value in language_tensors(language).items():
+        if name in WHOLE:
+            if not (name == "lm_head.weight" and config.tie_word_embeddings):
+                yield WHOLE[name], value
+            continue
+        _, _, number, rest = name.split(".", 3)
+        module, _, kind = rest.rpartition(".")
+        if architecture == "llama" and module in ("self_attn.q_proj", "self_attn.k_proj"):
+            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
+            value = _interleaved(value, heads)
+        yield f"blk.{number}.{BLOCK[module]}.{kind}", value
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head from the halves that transformers rotates to the neighbouring pairs that llama.cpp does."""
+    rows = weight.shape[0]
+    return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, size: int) -> None:
+    import gguf
+
+    described = json.loads(cast(Any, tokenizer.backend_tokenizer).to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise ExportError(f"--format gguf: a {model['type']} tokenizer; only BPE ones are written")
+    added = {token["id"]: token for token in described["added_tokens"]}
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    by_bytes = bool(model.get("byte_fallback"))
+    tokens, types, scores = [], [], []
+    for number in range(size):
+        token = names.get(number, f"<unused_{number}>")
+        kind = gguf.TokenType.NORMAL
+        if number in added:
+            kind = gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
+        elif number not in names:
+            kind = gguf.TokenType.UNUSED
+        elif by_bytes and len(token) == 6 and token.startswith("<0x"):
+            kind = gguf.TokenType.BYTE
+        tokens.append(token)
+        types.append(kind)
+        scores.append(float(-number))
+    if by_bytes:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(scores)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(described))
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        if merges:
+            writer.add_token_merges(merges)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_add_bos_token(bool(chat.begin))
+    for name, number in (("bos", tokenizer.bos_token_id), ("pad", tokenizer.pad_token_id)):
+        if number is not None:
+            {"bos": writer.add_bos_token_id, "pad": writer.add_pad_token_id}[name](number)
+    if chat.stop_ids:
+        writer.add_eos_token_id(chat.stop_ids[0])
+    writer.add_chat_template(chat.template())
+
+
+def _pre_tokenizer(described: Mapping[str, Any]) -> str:
+    if not described["model"]["merges"]:
+        return "gpt-2"  # single bytes come out the same, however the text is cut
+    part = described["pre_tokenizer"] or {}
+    parts = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
+    kinds = [item.get("type") for item in parts]
+    patterns = [item["pattern"].get("Regex") for item in parts if item.get("type") == "Split"]
+    if len(patterns) == 1 and patterns[0] in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[patterns[0]]
+    if kinds == ["Digits", "ByteLevel"]:
+        return "smollm"
+    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        return "gpt-2"
+    raise ExportError(
+        f"--format gguf: llama.cpp's name for how this tokenizer cuts text ({kinds}, {patterns}) is not known here; "
+        f"export to transformers, and convert with llama.cpp's own convert_hf_to_gguf.py"
+    )
+
+
+def _write_mmproj(assembly: Assembly, file: Path, dtype: str) -> None:
+    """llama.cpp runs all blocks but the last, and no final norm: hidden state -2, as exported."""
+    tower = assembly.vlm.vision
+    assert tower is not None
+    config: Any = tower_config(tower)
+    if config.hidden_act not in ("gelu", "quick_gelu"):
+        raise ExportError(f"--format gguf: a tower with {config.hidden_act}; llama.cpp's CLIP has gelu and quick_gelu")
+    writer = _writer(file, "clip")
+    writer.add_file_type(1 if dtype == "float16" else 0)
+    writer.add_bool("clip.has_text_encoder", False)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.has_llava_projector", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", config.hidden_act == "gelu")
+    writer.add_uint32("clip.vision.image_size", tower.side)
+    writer.add_uint32("clip.vision.patch_size", tower.patch)
+    writer.add_uint32("clip.vision.embedding_length", config.hidden_size)
+    writer.add_uint32("clip.vision.feed_forward_length", config.intermediate_size)
+    writer.add_uint32("clip.vision.projection_dim", assembly.vlm.language.config.hidden_size)
+    writer.add_uint32("clip.vision.attention.head_count", config.num_attention_heads)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", config.layer_norm_eps)
+    writer.add_uint32("clip.vision.block_count", config.num_hidden_layers)
+    writer.add_array("clip.vision.image_mean", list(tower.mean))
+    writer.add_array("clip.vision.image_std", list(tower.std))
+    _finish(writer, _mmproj_tensors(assembly), dtype)
+
+
+def _mmproj_tensors(assembly: Assembly) -> Iterator[tuple[str, Tensor]]:
+    tower, projector = assembly.vlm.vision, cast(MlpProjector, assembly.vlm.projector)
+    assert tower is not None
+    for name, value in tower_tensors(tower).items():
+        if name in CLIP_WHOLE:
+            yield CLIP_WHOLE[name], value
+        elif name.startswith("encoder.layers."):
+            _, _, number, rest = name.split(".", 3)
+            module, _, kind = rest.rpartition(".")
+            yield f"v.blk.{number}.{CLIP_BLOCK[module]}.{kind}", value
+    for number, linear in zip((0, 2), projector.linears, strict=True):
+        for kind, value in linear.state_dict().items():
+            yield f"mm.{number}.{kind}", value

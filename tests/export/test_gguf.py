@@ -1,0 +1,127 @@
+"""GGUF: read back by transformers and by the gguf package; by llama.cpp itself as a soak test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmit.data.images import normalise
+from mmit.export.llava import ExportError
+from mmit.export.verify import probes, rendered, said
+from mmit.export.write import export
+from tests.export.models import LLAMA, MODELS, TOWERS, run_of, saved_model
+
+gguf = pytest.importorskip("gguf")
+
+# Blocks of llama.cpp hold 32 values, heads at least 8.
+WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 96}
+TEXT: dict[str, dict[str, Any]] = {
+    "llama": {"language": {"random": WIDE}},
+    "llama, tied": {"language": {"random": WIDE | {"tie_word_embeddings": True}}},
+    "qwen2": {"language": {"random": WIDE | {"model_type": "qwen2"}}},
+    "mistral": {"language": {"random": WIDE | {"model_type": "mistral", "sliding_window": None}}},
+}
+SEEING = {"language": {"random": WIDE}, "vision": TOWERS["open_clip"]}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_language_part_read_back_has_the_same_logits(name: str, tmp_path: Path) -> None:
+    done = export(run_of(saved_model(TEXT[name]), tmp_path / "run"), tmp_path / "out", format="gguf")
+    assert done.parity.largest_difference <= 1e-5
+    assert (tmp_path / "out/model.gguf").exists()
+    assert not (tmp_path / "out/mmproj.gguf").exists()
+
+
+def test_half_precision_is_that_of_the_rounded_model(tmp_path: Path) -> None:
+    run = run_of(saved_model(TEXT["llama"]), tmp_path / "run")
+    assert export(run, tmp_path / "out", format="gguf", dtype="float16").parity.largest_difference <= 1e-5
+
+
+def test_the_mmproj_computes_our_image_vectors(tmp_path: Path) -> None:
+    """Its own tensors, through the steps that llama.cpp takes, in NumPy."""
+    saved = saved_model(SEEING)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
+    reader = gguf.GGUFReader(tmp_path / "out/mmproj.gguf")
+    tensors = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
+    about = {name: reader.get_field(f"clip.{name}").contents() for name in ("use_gelu", "vision.block_count")}
+    _, pixels = rendered(saved, probes(saved)[0])
+    vision, projector = saved.assembly.vlm.vision, saved.assembly.vlm.projector
+    assert vision is not None
+    assert projector is not None
+    with torch.no_grad():
+        ours = projector(vision(pixels[0][None]))[0].numpy()
+    picture = normalise(pixels[0][None], vision.mean, vision.std)[0].numpy()
+    theirs = image_vectors(tensors, picture, blocks=about["vision.block_count"] - 1, heads=2, gelu=about["use_gelu"])
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+def image_vectors(
+    tensors: dict[str, np.ndarray], picture: np.ndarray, *, blocks: int, heads: int, gelu: bool
+) -> np.ndarray:
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return scaled * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+    def exact_gelu(x: np.ndarray) -> np.ndarray:
+        return torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
+
+    kernel = tensors["v.patch_embd.weight"]
+    size = kernel.shape[-1]
+    side = picture.shape[-1] // size
+    cut = picture.reshape(3, side, size, side, size).transpose(1, 3, 0, 2, 4).reshape(side * side, -1)
+    x = np.concatenate([tensors["v.class_embd"].reshape(1, -1), cut @ kernel.reshape(len(kernel), -1).T])
+    x = norm(x + tensors["v.position_embd.weight"], "v.pre_ln")
+    for number in range(blocks):
+        at = f"v.blk.{number}"
+        y = norm(x, f"{at}.ln1")
+        q, k, v = (linear(y, f"{at}.attn_{part}").reshape(len(x), heads, -1).swapaxes(0, 1) for part in "qkv")
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = (weights / weights.sum(-1, keepdims=True)) @ v
+        x = x + linear(mixed.swapaxes(0, 1).reshape(len(x), -1), f"{at}.attn_out")
+        hidden = linear(norm(x, f"{at}.ln2"), f"{at}.ffn_up")
+        x = x + linear(exact_gelu(hidden) if gelu else hidden / (1 + np.exp(-1.702 * hidden)), f"{at}.ffn_down")
+    return linear(exact_gelu(linear(x[1:], "mm.0")), "mm.2")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (MODELS["SigLIP + qwen2, tied"], "not llama.cpp"),
+        ({"language": {"random": WIDE | {"model_type": "gemma", "head_dim": 16}}}, "gemma is not among llama"),
+        (SEEING | {"projector": {"kind": "linear"}}, "mmit only"),
+        ({"language": {"random": WIDE | {"model_type": "mistral", "sliding_window": 8}}}, "sliding window"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(model: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=reason):
+        export(run_of(saved_model(model), tmp_path / "run"), tmp_path / "out", format="gguf")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", TEXT)
+def test_llama_cpp_itself_answers_with_our_tokens(name: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    saved = saved_model(TEXT[name])
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
+    model = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=1024, logits_all=True, verbose=False)
+    for conversation in probes(saved):
+        ours = said(saved, conversation)
+        text = saved.assembly.tokenizer.decode(ours.ids)
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == ours.ids
+        model.reset()
+        model.eval(ours.ids)
+        answer: list[int] = []
+        while len(answer) < len(ours.answer):
+            answer.append(int(np.argmax(model.scores[model.n_tokens - 1])))
+            model.eval(answer[-1:])
+        assert answer == ours.answer
