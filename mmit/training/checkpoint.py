@@ -71,9 +71,10 @@ def save(
     tensors: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    add_files: Callable[[Path], None] = lambda folder: None,
+    add_files: Callable[[Path, Mapping[str, Tensor]], None] = lambda folder, tensors: None,
 ) -> Path:
-    """Writes `folder` at once or not at all, and returns it. `add_files` adds what is not a tensor.
+    """Writes `folder` at once or not at all, and returns it. `add_files` adds what is not a tensor; it is
+    given the tensors whole, on the CPU.
 
     Every rank must call it; rank 0 writes the model's tensors (whole, also where they are sharded), and each rank its
     shards of the optimizer. OSError on every rank if one could not write; the older checkpoints are untouched.
@@ -88,7 +89,7 @@ def save(
     def finish() -> None:
         save_file(whole, temporary / MODEL)
         (temporary / STATE).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
-        add_files(temporary)
+        add_files(temporary, whole)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         manifest = {str(file.relative_to(temporary)): _flushed_sha256(file) for file in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")

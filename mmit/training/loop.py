@@ -84,6 +84,7 @@ def _train_stage(config: Config, number: int, run: RunDirectory, accelerator: Ac
     trained, frozen = _dtypes(config, device)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
     set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
+    table = table_of_parts(config, stage, assembly, data)  # whose probes need the parameters whole
     model = parallel.spread(assembly.vlm, config.parallel, accelerator, offload=config.offload)
     optimizer = build_optimizer(assembly, stage)
     start = state.resume(assembly, optimizer, resumed, data) if resumed is not None else 0
@@ -93,7 +94,7 @@ def _train_stage(config: Config, number: int, run: RunDirectory, accelerator: Ac
     parallel.reshard(model)
 
     with RunLog(run.folder, stage.name, total=data.total, start=start, active=accelerator.is_main_process) as log:
-        log.say(table_of_parts(config, stage, assembly, data))
+        log.say(table)
         for line in too_long(data.training, data.titles) if start == 0 else ():
             log.say(line)
         if start:

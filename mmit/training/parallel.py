@@ -55,10 +55,15 @@ def spread(vlm: VLM, how: Spread, accelerator: Accelerator, *, offload: bool) ->
         )
     if not torch.distributed.is_initialized():
         raise ConfigError(f"parallel: {how} needs ranks; start with torchrun --nproc-per-node N -m mmit train ...")
+    if any(parameter._backward_hooks for parameter in vlm.parameters()):
+        raise ConfigError(
+            f"parallel: {how} cannot train the rows of model.add_tokens alone, beside a LoRA; write parallel: ddp, or "
+            f"train the language model whole"
+        )
     mesh = _mesh(how, accelerator)
     bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
+    offloading = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
     replicated = {p for p in vlm.vision.parameters() if vlm.vision.frozen} if vlm.vision is not None else set()
     for layer in _layers(vlm):
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offloading)

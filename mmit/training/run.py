@@ -21,7 +21,7 @@ from mmit.config import ConfigError
 from mmit.training import checkpoint
 from mmit.training.checkpoint import Checkpoint
 
-FREE_TO_CHANGE = {"output", "workers", "threads", "cache", "device", "save", "eval", "stages"}
+FREE_TO_CHANGE = {"output", "workers", "threads", "cache", "device", "save", "eval", "stages", "parallel", "offload"}
 FREE_IN_STAGE = {"row_tokens", "row_images", "gradient_checkpointing"}
 PACKAGES = ("mmit", "torch", "transformers", "open_clip_torch", "peft", "accelerate", "tokenizers", "pillow")
 

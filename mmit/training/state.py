@@ -99,7 +99,7 @@ def save(
             "data": data.fingerprints,
             "model": describe(config, number, assembly),
         },
-        add_files=lambda folder: add_model_files(folder, assembly),
+        add_files=lambda folder, tensors: add_model_files(folder, assembly, tensors),
     )
     if accelerator.is_main_process:
         checkpoint.prune(run.checkpoints, stage.name, step=done, keep=1 if finished else config.save.keep)
@@ -151,14 +151,14 @@ def describe(config: Config, number: int, assembly: Assembly) -> dict[str, Any]:
     }
 
 
-def add_model_files(folder: Path, assembly: Assembly) -> None:
+def add_model_files(folder: Path, assembly: Assembly, tensors: Mapping[str, torch.Tensor]) -> None:
     """The tokenizer and the language model's configuration, so that what is loaded later is what was trained."""
     assembly.tokenizer.save_pretrained(folder / "tokenizer")
     assembly.vlm.language.config.save_pretrained(folder / "language")
     if assembly.adapter is not None:
-        assembly.adapter.save_pretrained(
-            folder / "adapter", save_embedding_layers=False
-        )  # they are in model.safetensors
+        # Its own parameters may lie on several ranks. Embeddings are in model.safetensors.
+        named = {name.replace("language.", "base_model.model.", 1): tensor for name, tensor in tensors.items()}
+        assembly.adapter.save_pretrained(folder / "adapter", state_dict=named, save_embedding_layers=False)
 
 
 def _check_sources(origin: Checkpoint, assembly: Assembly) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ MOMENTS_FILE = "optimizer/shard-00001-model-00001-of-00001.safetensors"
 
 
 def save(folder: Path, step: int, *, stage: str = "sft", finished: bool = False) -> checkpoint.Checkpoint:
-    def more(place: Path) -> None:
+    def more(place: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert tensors.keys() == TENSORS.keys()
         (place / "tokenizer").mkdir()
         (place / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
 
