@@ -127,7 +127,18 @@ class Chat:
         """The same format as a Jinja template for other programs, in which an image is written as one placeholder."""
         names = {number: content for content, number in self.text.special.items()}
         image = "<image>" if self.placeholder is None else names.get(self.placeholder, "<image>")
-        return jinja(self.format, begin="".join(names[number] for number in self.begin), image=image)
+        begin = "".join(names[number] for number in self.begin)
+        if begin and self._opens_with_text() and not self.text.prefix("x", "start"):
+            # A tokenizer that puts a space before its first text alone does not do so after a bos that is written out.
+            begin += self.text.prefix("x", "first").replace("▁", " ")
+        return jinja(self.format, begin=begin, image=image)
+
+    def _opens_with_text(self) -> bool:
+        """Whether words, and no control token or picture, come first."""
+        format = self.format
+        system = format.system if format.system is not None and format.system_place == "before" else None
+        opening = self.structure(format.start + (system or format.user)[0])
+        return isinstance(opening[0], str) if opening else not format.pictures_only
 
     def _rendered(self, laid: Iterable[Piece], image_tokens: Sequence[int], where: str) -> Rendered:
         tape = _Tape(self, image_tokens, where)

@@ -322,6 +322,8 @@ def test_the_jinja_twin_writes_the_same_text(tokenizer: str, format: str) -> Non
             ]
             laid = pieces(chat.format, messages, where="test", prompt=prompt)
             begin = "".join(made.convert_ids_to_tokens(chat.begin))
+            if (tokenizer, format) == ("metaspace_first", "vicuna_v1"):
+                begin += " "  # this tokenizer puts it there itself, but not after a bos that is written out
             ours = "".join({"begin": begin, "image": "<image>"}.get(piece.kind, piece.text) for piece in laid)
             theirs = made.apply_chat_template(
                 content, chat_template=chat.template(), tokenize=False, add_generation_prompt=prompt

@@ -7,20 +7,25 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from mmit import config as schema
 from mmit.config import ConfigError
+from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.export import verify, write
 from mmit.export.llava import ExportError
+from mmit.export.processor import processor
 from mmit.export.verify import Conversation, load_export, processed, rendered
 from mmit.export.write import export, merge
 from mmit.model.saved import load_saved
+from tests.data.made_tokenizers import byte_level, metaspace, unigram
 from tests.export.conversations import conversations
 from tests.export.models import LLAMA, MODELS, TOWERS, run_of, saved_model
 
@@ -87,15 +92,31 @@ def test_with_fewer_bits_the_rounded_model_is_what_the_export_equals(tmp_path: P
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("chat", ["vicuna_v1", "chatml"])
-@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.soak)])
-def test_the_exported_processor_gives_our_ids_with_histories(chat: str, count: int, tmp_path: Path) -> None:
-    saved = saved_model(CLIP, chat=chat)
-    export(run_of(saved, tmp_path / "run"), tmp_path / "out")
-    _, processor = load_export(tmp_path / "out", multimodal=True)
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "bytes": byte_tokenizer,
+    "byte-level BPE": byte_level,
+    "BPE, space always": lambda: metaspace("always"),
+    "BPE, space first": lambda: metaspace("first"),
+    "BPE, space never": lambda: metaspace("never"),
+    "BPE, space prepended": lambda: metaspace("prepend"),
+    "unigram": lambda: unigram("always"),
+}
+SPOKEN = {name: ["vicuna_v1", "chatml"] if "byte" in name else ["vicuna_v1", "llava_llama_2"] for name in TOKENIZERS}
+
+
+@pytest.mark.parametrize(("tokenizer", "chat"), [(name, chat) for name, chats in SPOKEN.items() for chat in chats])
+@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.soak)])
+def test_the_exported_processor_gives_our_ids_with_histories(
+    tokenizer: str, chat: str, count: int, tmp_path: Path
+) -> None:
+    TOKENIZERS[tokenizer]().save_pretrained(tmp_path / "tokenizer")
+    language = {"random": LLAMA, "tokenizer": str(tmp_path / "tokenizer")}
+    saved = saved_model(CLIP | {"language": language}, chat=chat)
+    processor(saved).save_pretrained(tmp_path / "out")
+    speaker = AutoProcessor.from_pretrained(tmp_path / "out")
     for conversation in conversations(count):
         ours, _ = rendered(saved, conversation)
-        assert processed(processor, conversation)["input_ids"][0].tolist() == ours.tolist()
+        assert processed(speaker, conversation)["input_ids"][0].tolist() == ours.tolist()
 
 
 BOTH = ("weight", "bias")
@@ -214,10 +235,10 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 def test_the_template_of_the_export_marks_what_was_learned(tmp_path: Path) -> None:
     saved = saved_model(CLIP)
     export(run_of(saved, tmp_path / "run"), tmp_path / "out")
-    _, processor = load_export(tmp_path / "out", multimodal=True)
+    _, speaker = load_export(tmp_path / "out", multimodal=True)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    found = processor.tokenizer.apply_chat_template(
-        messages, chat_template=processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
+    found = speaker.tokenizer.apply_chat_template(
+        messages, chat_template=speaker.chat_template, return_dict=True, return_assistant_tokens_mask=True
     )
     from mmit.data.sample import Sample, message
 
@@ -230,9 +251,9 @@ def test_one_picture_more_than_the_processor_is_given_is_named(tmp_path: Path) -
     """The processor must count as we do: a conversation of ours with its pictures is one of its own."""
     saved = saved_model(CLIP)
     export(run_of(saved, tmp_path / "run"), tmp_path / "out")
-    _, processor = load_export(tmp_path / "out", multimodal=True)
+    _, speaker = load_export(tmp_path / "out", multimodal=True)
     conversation = next(item for item in conversations(20) if len(item.pictures) > 1)
-    inputs = processed(processor, conversation)
+    inputs = processed(speaker, conversation)
     shown = int((inputs["input_ids"] == saved.assembly.placeholder).sum())
     assert shown == len(conversation.pictures) * saved.image_tokens == len(inputs["pixel_values"]) * 16
     assert isinstance(conversation, Conversation)
