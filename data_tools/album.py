@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import io
 import os
@@ -16,6 +17,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ import numpy as np
 from PIL import Image
 
 from mmit.config import ConfigError
-from mmit.data import images as decoder
-from mmit.data.images import MAX_BYTES, decode
+from mmit.data.images import MAX_BYTES, decode, header
 from mmit.data.sample import Picture, Sample, SampleError
 
 
@@ -119,15 +120,8 @@ def read(picture: Unread) -> bytes:
         return picture.data
     if not picture.name:
         raise SampleError(f"{picture.where}: a picture with neither file nor bytes; the format that made it has a bug")
-    real = os.path.realpath(picture.path)
-    if not real.startswith(os.path.join(picture.root, "")):
-        raise SampleError(
-            f"{picture.where}: {picture.name} is a link that leads out of the images folder; "
-            f"copy the file into the folder, or give the folder it lies in as --images"
-        )
     try:
-        # Opened without waiting, so that a pipe that poses as a picture cannot hang the conversion.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = _open_below(picture)
     except FileNotFoundError:
         raise MissingPicture(
             f"{picture.where}: the picture {picture.name} is missing below {picture.root}; "
@@ -135,8 +129,8 @@ def read(picture: Unread) -> bytes:
         ) from None
     except OSError as error:
         raise SampleError(f"{picture.where}: cannot read {picture.name} ({error.strerror})") from None
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise SampleError(f"{picture.where}: {picture.name} is not an ordinary file; name a picture")
         if status.st_size > MAX_BYTES:
@@ -144,7 +138,37 @@ def read(picture: Unread) -> bytes:
                 f"{picture.where}: {picture.name} has {status.st_size:,} bytes, the limit is {MAX_BYTES:,}; "
                 f"save it smaller"
             )
-        return stream.read()
+        data = os.read(descriptor, status.st_size)
+        if len(data) < status.st_size:
+            raise SampleError(f"{picture.where}: {picture.name} was cut while it was read; convert again")
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def _open_below(picture: Unread) -> int:
+    """The file opened, its real place being below the root. Without waiting, so that a pipe cannot hang us."""
+    folder = os.path.dirname(picture.path)
+    below = os.path.join(picture.root, "")
+    if os.path.join(_real_folder(folder), "").startswith(below):
+        try:
+            return os.open(picture.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+    real = os.path.realpath(picture.path)
+    if not real.startswith(below):
+        raise SampleError(
+            f"{picture.where}: {picture.name} is a link that leads out of the images folder; "
+            f"copy the file into the folder, or give the folder it lies in as --images"
+        )
+    return os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    """Looked up once a folder, not once a picture: sets hold thousands of pictures in each."""
+    return os.path.realpath(folder)
 
 
 def develop(
@@ -163,17 +187,16 @@ def develop(
     else:
         raise SampleError(f"{where}: a picture without bytes; the format that made it must read them or use an Album")
     window = picture.window or window
-    header = decoder._open(data, where)  # the limits are checked here, before anything is decoded
-    ending, orientation = decoder.ENDINGS[header.format or ""], decoder._orientation(header, data)
-    width, height = header.size if orientation < 5 else header.size[::-1]
-    cleaned = data if keep_metadata else without_metadata(data, ending=ending, orientation=orientation)
+    shown = header(data, where)  # the limits are checked here, before anything is decoded
+    ending = shown.ending
+    cleaned = data if keep_metadata else without_metadata(data, ending=ending, orientation=shown.orientation)
     if cleaned is None:
         data, ending, window = png_of(decode(data, where, window=window), where), "png", None
     else:
         data = cleaned
         if decode_pixels:
             decode(data, where, window=window)
-    return Picture(width, height, hashlib.sha256(data).hexdigest(), ending, data, window)
+    return Picture(shown.width, shown.height, hashlib.sha256(data).hexdigest(), ending, data, window)
 
 
 def _named(picture: Unread, where: str) -> str:
@@ -219,10 +242,10 @@ def _clean_jpeg(data: bytes) -> bytes:
         if marker == 0xD9:
             return b"".join([*kept, b"\xff\xd9"])
         (length,) = struct.unpack_from(">H", data, position)
-        segment, position = data[position : position + length], position + length
-        named = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}.get(marker)
-        if segment[2:].startswith(named) if named else not (0xE0 <= marker <= 0xEF or marker == 0xFE):
-            kept.append(bytes((0xFF, marker)) + segment)
+        start, position = position, position + length
+        named = JPEG_NAMED.get(marker)
+        if data.startswith(named, start + 2) if named else not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(bytes((0xFF, marker)) + data[start:position])
         if marker == 0xDA:
             if markers is None:
                 markers = _markers(data, position)
@@ -232,6 +255,9 @@ def _clean_jpeg(data: bytes) -> bytes:
             kept.append(data[position:end])
             position = end
     return b"".join(kept)
+
+
+JPEG_NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
 
 
 def _markers(data: bytes, start: int) -> Iterator[int]:

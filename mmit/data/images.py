@@ -36,19 +36,37 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
 
-def size_of(data: bytes, where: str) -> tuple[int, int]:
-    """Width and height of a picture as shown (after EXIF rotation), from its header; no pixel is decoded."""
+@dataclass(frozen=True)
+class Header:
+    """What the header of a picture says, before a pixel is decoded."""
+
+    ending: str
+    """The file ending that the content calls for (`jpg`, `png`, ...), whatever the file was named."""
+    width: int
+    """As shown, after EXIF rotation; `height` too."""
+    height: int
+    orientation: int
+    """What EXIF still asks for, 1 (nothing) to 8."""
+
+
+def header(data: bytes, where: str) -> Header:
+    """The header of a picture within the limits; `SampleError` for anything else."""
     with _without_warnings():
         picture = _open(data, where)
-        width, height = picture.size
-        return (height, width) if _orientation(picture, data) >= 5 else (width, height)
+        orientation = _orientation(picture, data)
+    width, height = picture.size if orientation < 5 else picture.size[::-1]
+    return Header(ENDINGS[picture.format or ""], width, height, orientation)
+
+
+def size_of(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height of a picture as shown."""
+    found = header(data, where)
+    return found.width, found.height
 
 
 def ending_of(data: bytes, where: str) -> str:
-    """The file ending that the content calls for (`jpg`, `png`, ...), whatever the file was named."""
-    with _without_warnings():
-        picture = _open(data, where)
-    return ENDINGS[picture.format or ""]
+    """The file ending that the content of a picture calls for."""
+    return header(data, where).ending
 
 
 def decode(data: bytes, where: str, *, window: tuple[float, float] | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 
-from mmit.data.images import MAX_BYTES, PictureFit, decode, ending_of, normalise, size_of
+from mmit.data.images import MAX_BYTES, PictureFit, decode, ending_of, header, normalise, size_of
 from mmit.data.sample import SampleError
 from tests.data.pictures import encode, noise
 
@@ -534,3 +534,14 @@ def test_measuring_a_picture_decodes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     for data in files:
         assert sorted(size_of(data, "here")) == [16, 24]
         ending_of(data, "here")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_header_says_what_decoding_gives(kind: str, orientation: int) -> None:
+    data = encode(noise(9, 5), kind, orientation=orientation)
+    found = header(data, "p")
+    assert (found.height, found.width) == decode(data, "p").shape[:2]
+    assert found.ending == ending_of(data, "p")
+    stored = kind in ("JPEG", "PNG", "WEBP")
+    assert found.orientation == (orientation if stored else 1), "of a TIFF, Pillow gives the pixels turned"

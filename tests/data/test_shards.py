@@ -26,7 +26,7 @@ from webdataset.compat import WebDataset
 
 from mmit.data.sample import Sample, SampleError
 from mmit.data.shard_index import WrittenShard
-from mmit.data.shard_writer import ShardWriter, shard_name, write_index, write_shard
+from mmit.data.shard_writer import KEY, ShardWriter, member_header, shard_name, write_index, write_shard
 from mmit.data.shards import ShardSet, verify, write_shards
 from tests.data.pictures import PICTURES, mixed, picture, sample
 
@@ -111,6 +111,23 @@ def test_tars_say_nothing_of_who_wrote_them_when_and_where(written: ShardSet) ->
         members = tar.getmembers()
     assert [member.name for member in members][:4] == ["k00000.json", "k00001.json", "k00001.0.jpg", "k00002.json"]
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+
+
+@given(st.from_regex(KEY, fullmatch=True), st.integers(0, 8**11 - 1))
+@settings(max_examples=200, deadline=None)
+def test_headers_are_those_of_tarfile(key: str, size: int) -> None:
+    member = tarfile.TarInfo(f"{key}.0.jpg")
+    member.size, member.mode = size, 0o644
+    assert member_header(member.name, size) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_measured_pictures_are_written_to_the_same_bytes_and_not_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_shard(tmp_path / "a.tar", mixed())
+    monkeypatch.setattr("mmit.data.shard_writer.checked", lambda *_: pytest.fail("checked again"))
+    second = write_shard(tmp_path / "b.tar", mixed(), measured=True)
+    assert (first.entry.sha256, first.rows) == (second.entry.sha256, second.rows)
 
 
 def test_a_row_without_a_sample_leaves_its_place_empty(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from data_tools.album import Album, develop, unread
+from data_tools.album import Album, develop, read, unread
 from mmit.data.images import decode
 from mmit.data.sample import SampleError
 from tests.tools.conftest import picture_bytes
@@ -135,6 +135,24 @@ def test_a_pipe_that_poses_as_a_picture_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(SampleError, match="not an ordinary file"):
         develop(Album(tmp_path).picture("pipe.png", "row 3"), "row 3")
+
+
+def test_links_inside_the_folder_are_read_and_links_out_of_it_refused(tmp_path: Path) -> None:
+    data = picture_bytes(3)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "true.png").write_bytes(data)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "p.png").write_bytes(data)
+    (tmp_path / "in" / "file.png").symlink_to("deep/true.png")
+    (tmp_path / "in" / "folder").symlink_to("deep")
+    (tmp_path / "in" / "secret.png").symlink_to(tmp_path / "out" / "p.png")
+    (tmp_path / "in" / "away").symlink_to(tmp_path / "out")
+    album = Album(tmp_path / "in")
+    for name in ("deep/true.png", "file.png", "folder/true.png"):
+        assert read(album.picture(name, "p")) == data
+    for name in ("secret.png", "away/p.png"):
+        with pytest.raises(SampleError, match="leads out of the images folder"):
+            read(album.picture(name, "p"))
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
