@@ -60,6 +60,11 @@ def spread(vlm: VLM, how: Spread, accelerator: Accelerator, *, offload: bool) ->
             f"parallel: {how} cannot train the rows of model.add_tokens alone, beside a LoRA; write parallel: ddp, or "
             f"train the language model whole"
         )
+    if any(parameter._backward_hooks for parameter in vlm.parameters()):
+        raise ConfigError(
+            f"parallel: {how} cannot train the rows of model.add_tokens alone, beside a LoRA; write parallel: ddp, or "
+            f"train the language model whole"
+        )
     mesh = _mesh(how, accelerator)
     bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
