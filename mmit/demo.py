@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,19 @@ from mmit.data.order import permutation
 from mmit.data.sample import Sample
 from mmit.data.shards import ShardSet
 from mmit.evaluation.answers import Answered, evaluate_answers
+from mmit.evaluation.answers import questions as questions_of
 from mmit.evaluation.pictures import answer_grid, loss_plot
 from mmit.evaluation.scores import accuracy
+from mmit.export.verify import Conversation as Compared
+from mmit.export.write import export
+from mmit.inference.conversation import Conversation
 from mmit.inference.generate import Model, load
 from mmit.model.saved import untrained
 
 OPEN_QUESTIONS = 450
 YES_NO_QUESTIONS = 200
 SHOWN = 8
+COMPARED_IN_EXPORT = 40
 
 
 def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -64,12 +71,20 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mb": _peak_rss_mb(),
     }
-    console.print("[bold]4/4[/] result")
+    console.print("[bold]4/4[/] export to transformers, where the held-out questions must get the same tokens")
+    shutil.rmtree(out / "export", ignore_errors=True)
+    more = [_to_compare(asked) for asked, _ in islice(questions_of(samples), COMPARED_IN_EXPORT)]
+    exported = export(run, out / "export", more=more)
     grid, plot = answer_grid(shown, after, out / "answers.png"), loss_plot(run, out / "loss.png")
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     _report(console, result, before, after)
+    console.print(f"{exported.folder}, for transformers: {exported.parity.sentence()}")
     console.print(f"pictures: {grid}, {plot}\n{_next_steps(run, out)}")
     return result
+
+
+def _to_compare(asked: Conversation) -> Compared:
+    return Compared(asked.messages, tuple(shown.picture.data for shown in asked.pictures if shown.picture.data))
 
 
 def recipe(name: str) -> Path:

@@ -23,7 +23,7 @@ from mmit.export.card import model_card
 from mmit.export.gguf import language_difference, write_gguf
 from mmit.export.llava import ExportError, generation_config, language_tensors, llava_model, published_names
 from mmit.export.processor import processor
-from mmit.export.verify import TOLERANCE, Parity, Said, compare, load_export, probes, said, said_by_export
+from mmit.export.verify import TOLERANCE, Conversation, Parity, Said, compare, load_export, probes, said, said_by_export
 from mmit.model.build import merge_lora
 from mmit.model.saved import Saved, load_saved
 
@@ -51,8 +51,11 @@ def export(
     dtype: Dtype = "float32",
     adapter: bool = False,
     needs_adapter: bool = False,
+    more: Sequence[Conversation] = (),
 ) -> Exported:
     """Writes `out`, loads it again and compares; `out` appears whole and equal, or not at all.
+
+    What is compared are probe conversations, and those in `more`.
 
     `adapter` keeps a LoRA beside its base, in `out/adapter`, instead of merging it. With another `dtype` the model is
     rounded first, and it is the rounded model that the export must equal. ConfigError for what cannot be read,
@@ -67,7 +70,7 @@ def export(
     saved = load_saved(run)
     if (adapter or needs_adapter) and saved.assembly.adapter is None:
         raise ConfigError(f"{run}: its last stage trained no LoRA, so there is no adapter to keep or to merge")
-    conversations = probes(saved)
+    conversations = [*probes(saved), *more]
     expected = [said(saved, conversation) for conversation in conversations]
     if saved.assembly.adapter is not None and not adapter:
         merge_lora(saved.assembly)
