@@ -166,7 +166,7 @@ def _report(console: Console, result: dict[str, Any], before: Sequence[Answered]
         mark = "green" if then.correct else "red"
         table.add_row(then.question, then.expected, first.answer[:40], f"[{mark}]{then.answer[:40]}[/]")
     console.print(table)
-    for kind, what in (("open", "questions with 11 answers or so"), ("yes_no", "questions with yes or no")):
+    for kind, what in (("open", "questions for a colour or shape"), ("yes_no", "questions for yes or no")):
         console.print(
             f"{result[f'questions_{kind}']} {what}: [bold]{result[f'accuracy_{kind}']:.1%}[/] right; "
             f"guessing from the question alone: {result[f'guess_{kind}']:.1%}"

@@ -44,7 +44,8 @@ def loss_plot(run: Path, out: Path) -> Path:
 def answer_grid(samples: Sequence[Sample], answered: Sequence[Answered], out: Path, *, columns: int = 4) -> Path:
     """Each sample's first picture above its questions and the answers given: green if right, red if not."""
     rows = -(-len(samples) // columns)
-    figure = Figure(figsize=(3.2 * columns, 4.4 * rows), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 4.2 * rows))
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.99, bottom=0.28 / rows, wspace=0.1, hspace=0.4)
     by_sample: dict[str, list[Answered]] = {}
     for item in answered:
         by_sample.setdefault(item.where, []).append(item)
@@ -57,7 +58,7 @@ def answer_grid(samples: Sequence[Sample], answered: Sequence[Answered], out: Pa
         for line, item in enumerate(by_sample.get(where, ())):
             text = f"{item.question[:42]}\n{item.answer[:30]}" + ("" if item.correct else f"  (not {item.expected})")
             color = "tab:green" if item.correct else "tab:red"
-            axes.text(0.5, -0.04 - 0.22 * line, text, transform=axes.transAxes, ha="center", va="top", color=color)
+            axes.text(0.5, -0.04 - 0.17 * line, text, transform=axes.transAxes, ha="center", va="top", color=color)
     return _write(figure, out)
 
 
