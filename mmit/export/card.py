@@ -17,7 +17,7 @@ from mmit.model.saved import Saved
 
 def model_card(run: Path, saved: Saved, parity: Parity, *, name: str, format: str, dtype: str, adapter: bool) -> str:
     """The whole file. What the run directory does not tell (a copied `final/` has no metrics) is left out."""
-    folder = run.parent if run.name == "final" else run
+    folder = run_folder(run)
     config = _yaml(folder / "config.yaml")
     sections = [
         f"---\n{yaml.safe_dump(_header(saved, format), sort_keys=False)}---",
@@ -30,6 +30,11 @@ def model_card(run: Path, saved: Saved, parity: Parity, *, name: str, format: st
         _checked(parity, format),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def run_folder(run: Path) -> Path:
+    """Where config.yaml and metrics.jsonl lie, for a run directory as for its `final/`."""
+    return run.parent if run.name == "final" else run
 
 
 def _header(saved: Saved, format: str) -> dict[str, Any]:
@@ -151,7 +156,8 @@ def _recipe(config: Mapping[str, Any] | None) -> str:
         length = f"{stage['steps']} steps" if stage.get("steps") else f"{stage.get('epochs') or 1:g} epochs"
         schedule = f"{stage['schedule']}, warm-up {stage['warmup']:g}, decay {stage['weight_decay']:g}"
         rows.append(f"| {stage['name']} | {', '.join(trained)} | {stage['batch_size']} | {length} | {schedule} |")
-    whole = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    told = {key: value for key, value in config.items() if key not in ("output", "cache")}  # places on one machine
+    whole = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
     rows += ["", f"<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n\n</details>"]
     return "\n".join(rows)
 

@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from mmit.config import ConfigError, suggest
 from mmit.export.adapter import write_adapter
-from mmit.export.card import model_card
+from mmit.export.card import model_card, run_folder
 from mmit.export.gguf import language_difference, write_gguf
 from mmit.export.llava import ExportError, generation_config, language_tensors, llava_model, published_names
 from mmit.export.processor import processor
@@ -30,6 +30,7 @@ from mmit.model.saved import Saved, load_saved
 RECORD = "mmit.json"
 FORMAT = 1
 ADAPTER = "adapter"
+HISTORY = ("config.yaml", "metrics.jsonl")
 SHARD = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,6 +89,9 @@ def export(
     try:
         if format == "mmit":
             write_run(saved, temporary)
+            for name in HISTORY:
+                if (file := run_folder(run) / name).exists():
+                    shutil.copy(file, temporary / name)
             again = load_saved(temporary)
             found = [said(again, conversation) for conversation in conversations]
             parity = compare(expected, found, saved, str(out))

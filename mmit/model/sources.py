@@ -96,7 +96,7 @@ def chat_format(record: Mapping[str, Any]) -> ChatFormat:
 def _from_run(folder: Path, cache: Path | None) -> Assembly:
     from mmit.model.saved import load_saved  # whose own model may come from a source
 
-    saved = load_saved(folder, cache=cache)
+    saved = load_saved(folder)  # without its feature cache: the tower may train now
     assembly = saved.assembly
     if assembly.adapter is not None:
         merge_lora(assembly)
