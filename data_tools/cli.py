@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from data_tools.quality.subset import Derived
 
 app = typer.Typer(
     add_completion=False,
@@ -233,6 +238,148 @@ def formats() -> None:
     width = max(len(name) for name in FORMATS)
     for name, format in FORMATS.items():
         print(f"{name:<{width}}  {format.about}")
+
+
+@app.command()
+def filter(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the samples that stay.")],
+    least_characters: Annotated[int | None, typer.Option(help="Of all texts of a sample together.")] = None,
+    most_characters: Annotated[int | None, typer.Option(help="Of all texts of a sample together.")] = None,
+    least_answer: Annotated[int | None, typer.Option(help="Characters of every trained answer.")] = None,
+    most_answer: Annotated[int | None, typer.Option(help="Characters of every trained answer.")] = None,
+    least_turns: Annotated[int | None, typer.Option(help="Answers of the assistant.")] = None,
+    most_turns: Annotated[int | None, typer.Option(help="Answers of the assistant.")] = None,
+    user: Annotated[str | None, typer.Option(help="Regular expression that a text of the user must hold.")] = None,
+    not_user: Annotated[str | None, typer.Option(help="Regular expression that none may hold.")] = None,
+    assistant: Annotated[str | None, typer.Option(help="The same for texts of the assistant.")] = None,
+    not_assistant: Annotated[str | None, typer.Option(help="The same for texts of the assistant.")] = None,
+    least_side: Annotated[int | None, typer.Option(help="Pixels of the shorter side of every picture.")] = None,
+    most_side: Annotated[int | None, typer.Option(help="Pixels of the longer side of every picture.")] = None,
+    most_aspect: Annotated[float | None, typer.Option(help="Longer side through shorter, of every picture.")] = None,
+    no_refusals: Annotated[bool, typer.Option("--no-refusals", help="Leave out answers that refuse.")] = False,
+    language: Annotated[list[str] | None, typer.Option(help="Code such as en; may be repeated.")] = None,
+) -> None:
+    """Leave out samples by length, turns, wording, language, picture size or refusal."""
+    from data_tools.quality.filter import Rules, filter_set
+
+    rules = Rules(
+        least_characters=least_characters,
+        most_characters=most_characters,
+        least_answer=least_answer,
+        most_answer=most_answer,
+        least_turns=least_turns,
+        most_turns=most_turns,
+        user=user,
+        not_user=not_user,
+        assistant=assistant,
+        not_assistant=not_assistant,
+        least_side=least_side,
+        most_side=most_side,
+        most_aspect=most_aspect,
+        no_refusals=no_refusals,
+        languages=tuple(language or ()),
+    )
+    with _watched() as progress:
+        derived = filter_set(shards, out, rules, progress=progress)
+    _tell(out, derived)
+
+
+@app.command()
+def dedup(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the samples that stay.")],
+    by: Annotated[str, typer.Option(help="What must be the same: conversation, prompt or pictures.")] = "conversation",
+    near: Annotated[float | None, typer.Option(help="Share of word triples that near texts have in common.")] = None,
+    alike: Annotated[int | None, typer.Option(help="Bits of 64 in which pictures that look alike may differ.")] = None,
+) -> None:
+    """Leave out samples that repeat an earlier one, exactly or nearly."""
+    from data_tools.quality.dedup import dedup as dedup_set
+
+    with _watched() as progress:
+        derived = dedup_set(shards, out, by=by, near=near, alike=alike, progress=progress)  # type: ignore[arg-type]
+    _tell(out, derived)
+
+
+@app.command()
+def decontaminate(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    against: Annotated[list[Path] | None, typer.Option(help="Shards of an evaluation set; may be repeated.")] = None,
+    report: Annotated[Path, typer.Option(help="File for the matches, a line each.")] = Path("decontamination.jsonl"),
+    words: Annotated[int, typer.Option(help="Words in a row that are no accident.")] = 13,
+    covered: Annotated[float, typer.Option(help="Mark samples that hold this share of an item's prompt.")] = 0.5,
+    alike: Annotated[int | None, typer.Option(help="Bits of 64 in which pictures that look alike may differ.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Write the set without what is marked, to --out.")] = False,
+    reviewed: Annotated[bool, typer.Option("--reviewed", help="Apply the report as it lies there, edited.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the samples that stay, with --apply.")] = None,
+) -> None:
+    """Report samples that hold texts or pictures of evaluation sets; remove them only with --apply."""
+    from data_tools.quality.decontaminate import apply as apply_report
+    from data_tools.quality.decontaminate import survey, table
+    from mmit.config import ConfigError
+
+    if apply != (out is not None):
+        raise ConfigError("--apply and --out OUT belong together: a report alone needs neither")
+    if reviewed and not apply:
+        raise ConfigError("--reviewed applies a report that was looked at; add --apply --out OUT")
+    if reviewed == bool(against):
+        raise ConfigError("name the shards of evaluation sets with --against, or apply a report with --reviewed")
+    with _watched() as progress:
+        if against:
+            found = survey(
+                shards, against, report, words_in_common=words, covered=covered, alike=alike, progress=progress
+            )
+            print("\n".join(table(found)))
+            print(f"every match: {report}" + ("" if apply else "; nothing was removed"))
+        if out is not None:
+            _tell(out, apply_report(shards, report, out, progress=progress))
+
+
+@app.command()
+def scan(
+    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    report: Annotated[Path | None, typer.Option(help="File for a line a value: where, type, masked.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the samples in which nothing was found.")] = None,
+) -> None:
+    """Count e-mail addresses, phone and card numbers and keys in the texts; values are never shown."""
+    from data_tools.quality.scan import scan as scan_set
+    from data_tools.quality.scan import without
+
+    with _watched() as progress:
+        found = scan_set(shards, report, progress=progress)
+        print(f"{'type':<8} {'values':>10} {'samples':>10}")
+        for type, count in found.values.items():
+            print(f"{type:<8} {count:>10,} {found.affected[type]:>10,}")
+        print(f"{found.any:,} of {found.samples:,} samples hold any" + (f"; listed in {report}" if report else ""))
+        if out is not None:
+            _tell(out, without(shards, out, progress=progress))
+
+
+@contextmanager
+def _watched() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on the terminal for each thing that is done; nothing where standard error is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = shown.add_task(what, total=total)
+            shown.update(bars[what], completed=done)
+
+        yield progress
+
+
+def _tell(out: Path, derived: Derived) -> None:
+    left, removed = len(derived.shards), sum(derived.removed.values())
+    print(f"{out}: {left:,} of {derived.samples:,} samples stay, {removed:,} left out", end="")
+    print(f" ({', '.join(f'{reason} {count:,}' for reason, count in derived.removed.items())})" if removed else "")
+    if removed:
+        print(f"Which and why: {out / 'removed.jsonl'}")
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
