@@ -195,8 +195,8 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, 
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(described))
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        if merges:
-            writer.add_token_merges(merges)
+        # llama.cpp refuses a list without merges; bytes FF and FE stand in no UTF-8 text.
+        writer.add_token_merges(merges or ["ÿ þ"])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_add_bos_token(bool(chat.begin))
