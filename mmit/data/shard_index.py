@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,13 @@ def read_index(folder: Path) -> Index:
             else "this is not a folder of shards: name the one that `mmit-data convert` wrote"
         )
         raise SampleError(f"{folder}: has no {INDEX}; {hint}")
+    return index_of(path.read_bytes(), str(path))
+
+
+def index_of(raw: bytes, path: str) -> Index:
+    """The index in the bytes of an `index.json`; `path` is what messages call it."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(raw.decode("utf-8"))
         if record["format"] != FORMAT:
             raise SampleError(
                 f"{path}: format {record['format']!r}, this mmit reads {FORMAT}; upgrade mmit or convert again"
@@ -128,6 +134,9 @@ def read_index(folder: Path) -> Index:
     for entry in entries:
         if Path(entry.name).name != entry.name:
             raise SampleError(f"{path}: lists {entry.name!r}, which is outside of its folder; convert again")
+    for value in (index.samples_sha256, *(entry.sha256 for entry in entries)):
+        if not (isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)):
+            raise SampleError(f"{path}: damaged ({value!r} is no sha256); convert again")
     if _fingerprint(entries) != index.fingerprint:
         raise SampleError(f"{path}: its fingerprint does not belong to its list of shards; convert again")
     return index

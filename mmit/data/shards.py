@@ -21,7 +21,9 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from mmit.data.cache import cache_folder
 from mmit.data.images import decode
+from mmit.data.remote import LIMIT, RemoteTars, fetch_index, is_remote, title
 from mmit.data.sample import Sample, SampleError, from_json
 from mmit.data.shard_index import (
     INDEX,
@@ -52,15 +54,24 @@ def write_shards(
 class ShardSet:
     """A shard set opened for reading: everything a plan needs without touching a tar, and samples by number.
 
-    Opening compares the size of every tar with the index and raises one `SampleError` if the set is not whole.
+    Opening compares the size of every tar with the index and raises one `SampleError` if the set is not whole; tars
+    that lie elsewhere are compared, hash and all, when they are fetched.
     May be pickled, forked and used by threads.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        index = read_index(self.folder)
-        for fault in size_faults(self.folder, index):
-            raise SampleError(str(fault))
+    def __init__(self, folder: Path | str, *, cache: Path | None = None, limit: int = LIMIT) -> None:
+        """`folder` may be any address of fsspec; then its tars come through `cache`, at most `limit` bytes of them."""
+        self._remote: RemoteTars | None = None
+        if is_remote(folder):
+            address, cache = str(folder).rstrip("/"), cache_folder(str(cache) if cache is not None else None)
+            self.folder, self.name = fetch_index(address, cache), title(address)
+            index = read_index(self.folder)
+            self._remote = RemoteTars(address, index.entries, cache, limit)
+        else:
+            self.folder, self.name = Path(folder), Path(folder).name
+            index = read_index(self.folder)
+            for fault in size_faults(self.folder, index):
+                raise SampleError(str(fault))
         self.fingerprint = index.fingerprint
         self.shard_names = [entry.name for entry in index.entries]
         self.shard_sizes = [entry.samples for entry in index.entries]
@@ -95,7 +106,7 @@ class ShardSet:
 
     def where(self, i: int) -> str:
         """How messages name sample `i`: FOLDER/SHARD:KEY."""
-        return f"{self.folder.name}/{self.shard_names[self.shard_of(i)[0]]}:{self.key(i)}"
+        return f"{self.name}/{self.shard_names[self.shard_of(i)[0]]}:{self.key(i)}"
 
     def image_sizes(self, i: int) -> list[tuple[int, int]]:
         """Width and height of each picture of sample `i`, as shown."""
@@ -119,7 +130,7 @@ class ShardSet:
         json_bytes = self._value("json_bytes", i)
         size = self._value("bytes", i) if images else BLOCK + json_bytes
         offset = self._value("offset", i)
-        raw = os.pread(self._tar(shard).descriptor, size, offset)
+        raw = self._bytes(shard, size, offset)
         if len(raw) < size:
             raise SampleError(f"{where}: the tar ends at byte {offset + len(raw)} inside this sample; {REMEDY}")
         return _sample(raw, self.key(i), json_bytes, where, images=images)
@@ -161,6 +172,10 @@ class ShardSet:
 
     def verify(self) -> Iterator[Fault]:
         """All faults of the set; see `verify`."""
+        if self._remote is not None:
+            raise SampleError(
+                f"{self._remote.address}: only files of this machine are verified; copy the set here first"
+            )
         return verify(self.folder)
 
     def _check_number(self, i: int) -> None:
@@ -170,6 +185,11 @@ class ShardSet:
     def _value(self, column: str, i: int) -> Any:
         self._check_number(i)
         return self._table.column(column)[i].as_py()
+
+    def _bytes(self, shard: int, size: int, offset: int) -> bytes:
+        if self._remote is not None:
+            return self._remote.read(shard, size, offset)
+        return os.pread(self._tar(shard).descriptor, size, offset)
 
     def _tar(self, shard: int) -> _OpenTar:
         tar = self._tars.get(shard)

@@ -1,0 +1,259 @@
+"""Shards that lie elsewhere: their index fetched at once, each tar when it is first read, into a bounded cache.
+
+A tar is kept under its sha256, so it is the right one whatever the server says of it, and sets share equal tars. Every
+process of a machine may use the cache at once: who reads a tar or fetches it holds a lock on it, and only files that
+nobody holds are removed, those first that were read longest ago.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from mmit.config import ConfigError
+from mmit.data.sample import SampleError
+from mmit.data.shard_index import INDEX, SAMPLES, ShardEntry, file_sha256, index_of, read_index
+
+T = TypeVar("T")
+LIMIT = 100 * 10**9
+"""Bytes of tars kept, if nobody says otherwise."""
+ATTEMPTS = 4
+FIRST_PAUSE = 0.5
+"""Seconds before the second attempt; doubled before each further one."""
+
+
+class RemoteError(SampleError):
+    """A shard that could not be fetched as it should be: a fault of the set, never a bad sample to be skipped."""
+
+
+def is_remote(address: str | Path) -> bool:
+    """Whether this is an address such as `s3://bucket/set` and not a folder of this machine."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(address)) is not None
+
+
+def fetch_index(address: str, cache: Path) -> Path:
+    """A folder with `index.json` as it is there now, and its `samples.parquet`.
+
+    Another index gives another folder, so what an open set reads never changes under it.
+    """
+    raw = _again(f"{address}/{INDEX}", lambda files, path: files.cat_file(path))
+    index = index_of(raw, f"{address}/{INDEX}")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title(address))
+    folder = cache / "remote" / "sets" / f"{name}-{hashlib.sha256(address.encode() + raw).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".lock"):
+        parquet = folder / SAMPLES
+        if not (parquet.is_file() and file_sha256(parquet) == index.samples_sha256):
+            part = folder / f"{SAMPLES}.part"
+            _download(f"{address}/{SAMPLES}", part, index.samples_bytes, index.samples_sha256)
+            os.replace(part, parquet)
+        part = folder / f"{INDEX}.part"
+        part.write_bytes(raw)
+        os.replace(part, folder / INDEX)
+    read_index(folder)
+    return folder
+
+
+def title(address: str) -> str:
+    return address.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class RemoteTars:
+    """The tars of one set, by their numbers."""
+
+    address: str
+    entries: Sequence[ShardEntry]
+    cache: Path
+    limit: int = LIMIT
+
+    @property
+    def folder(self) -> Path:
+        return self.cache / "remote" / "tars"
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """Bytes of tar `number`, fetched now if it is not here; fewer only if the tar ends before."""
+        with self._held(self.entries[number]) as descriptor:
+            return os.pread(descriptor, size, offset)
+
+    @contextmanager
+    def _held(self, entry: ShardEntry) -> Iterator[int]:
+        """The tar opened under a shared lock, which keeps it from being removed."""
+        descriptor = self._opened(entry)
+        if descriptor is None:
+            descriptor = self._fetched(entry)
+        try:
+            os.utime(descriptor)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _opened(self, entry: ShardEntry) -> int | None:
+        path = self._path(entry)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        status = os.fstat(descriptor)
+        if status.st_nlink and status.st_size == entry.bytes:
+            return descriptor
+        if status.st_nlink:  # somebody else cut it: fetch it again
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+        return None
+
+    def _fetched(self, entry: ShardEntry) -> int:
+        """The tar fetched by this process, or by another that is at it already."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            part = self._reserve(entry)
+            if part is not None:
+                try:
+                    path = self._path(entry, part=True)
+                    _download(f"{self.address}/{entry.name}", path, entry.bytes, entry.sha256)
+                    os.replace(path, self._path(entry))
+                except BaseException:
+                    with suppress(FileNotFoundError):
+                        os.unlink(self._path(entry, part=True))
+                    os.close(part)
+                    raise
+                fcntl.flock(part, fcntl.LOCK_SH)
+                return part
+            descriptor = self._opened(entry)
+            if descriptor is not None:
+                return descriptor
+            time.sleep(0.05)
+
+    def _reserve(self, entry: ShardEntry) -> int | None:
+        """An empty locked file that stands for the bytes to come; None if another process came first or room lacks."""
+        if entry.bytes > self.limit:
+            raise ConfigError(
+                f"{self.address}/{entry.name}: has {entry.bytes:,} bytes, remote_cache_gb allows {self.limit:,} for "
+                f"all tars; raise it, or convert with fewer rows_per_shard"
+            )
+        with _locked(self.folder / ".lock"):
+            path = self._path(entry, part=True)
+            if self._path(entry).exists() or (path.exists() and not _abandoned(path)):
+                return None
+            if not self._make_room(entry.bytes):
+                return None
+            part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(part, fcntl.LOCK_EX)
+            return part
+
+    def _make_room(self, size: int) -> bool:
+        """Whether `size` more bytes are within the limit, after removing tars that nobody reads."""
+        taken, tars = 0, []
+        for path in self.folder.iterdir():
+            if path.suffix == ".part":
+                # What is being fetched counts with the size it will have, which its name tells.
+                taken += 0 if _abandoned(path) else int(path.stem.rpartition("-")[2])
+            elif path.suffix == ".tar":
+                status = path.stat()
+                taken += status.st_size
+                tars.append((status.st_mtime_ns, status.st_size, path))
+        for _, bytes_, path in sorted(tars):
+            if taken + size <= self.limit:
+                break
+            if _abandoned(path):
+                taken -= bytes_
+        return taken + size <= self.limit
+
+    def _path(self, entry: ShardEntry, *, part: bool = False) -> Path:
+        return self.folder / (f"{entry.sha256}-{entry.bytes}.part" if part else f"{entry.sha256}.tar")
+
+
+def _abandoned(path: Path) -> bool:
+    """Removes a file that no process holds, and says whether it did."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _download(url: str, target: Path, size: int, sha256: str) -> None:
+    """The file at `url`, complete and with this hash, or `RemoteError`."""
+
+    def once(files: Any, path: str) -> None:
+        files.get_file(path, str(target))
+        found = target.stat().st_size
+        if found != size:
+            raise _Wrong(f"has {found:,} bytes, {INDEX} says {size:,}")
+        if file_sha256(target) != sha256:
+            raise _Wrong(f"its sha256 is not the one in {INDEX}")
+
+    _again(url, once)
+
+
+class _Wrong(Exception):
+    """What came is not what the index says."""
+
+
+def _again(url: str, action: Callable[[Any, str], T]) -> T:
+    """What `action` gives for the file system and path of `url`, tried a few times, for networks fail."""
+    problem: Exception | None = None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+        try:
+            # Made anew in each process that comes here: after a fork, an event loop of the parent would hang.
+            return action(*_file_system(url))
+        except FileNotFoundError:
+            raise RemoteError(
+                f"{url}: is not there; name the folder that `mmit-data convert` wrote, copied whole, {INDEX} last"
+            ) from None
+        except (ConfigError, SampleError):
+            raise
+        except _Wrong as error:
+            if isinstance(problem, _Wrong):
+                break
+            problem = error
+        except Exception as error:  # the client of every store has errors of its own
+            problem = error
+    if isinstance(problem, _Wrong):
+        raise RemoteError(
+            f"{url}: {problem}; the copy there was changed or cut after its index was written: copy the set again"
+        )
+    raise RemoteError(f"{url}: cannot be fetched after {ATTEMPTS} attempts ({type(problem).__name__}: {problem})")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    options: dict[str, Any] = {}
+    try:
+        if url.startswith(("http://", "https://")):
+            import aiohttp
+
+            # No limit for the whole file: the default of five minutes would cut large tars off.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            options = {"client_kwargs": {"timeout": timeout}}
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise ConfigError(f"{url}: {error}; for http and https: pip install 'mmit[remote]'") from None
+    except ValueError as error:
+        raise ConfigError(f"{url}: {error}; write a folder, or an address such as s3://bucket/set") from None
