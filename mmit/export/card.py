@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mmit.export.targets import CLIP_DEFECT
 from mmit.export.verify import Parity
 from mmit.model.saved import Saved
 
@@ -79,7 +80,8 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
     if format == "gguf":
         eyes = " --mmproj mmproj.gguf --image photo.jpg" if saved.fit is not None else ""
         program = "llama-mtmd-cli" if saved.fit is not None else "llama-cli"
-        return f'```\n{program} -m model.gguf{eyes} -p "What is this?" --temp 0\n```'
+        text = f'```\n{program} -m model.gguf{eyes} -p "What is this?" --temp 0\n```'
+        return text + (f"\n\nllama.cpp reads this mmproj, but {CLIP_DEFECT}." if eyes else "")
     if format == "mmit":
         return '```python\nimport mmit\n\nmodel = mmit.load("PATH")\n```'
     if saved.fit is None:

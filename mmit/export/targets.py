@@ -11,6 +11,11 @@ from mmit.model.build import Assembly
 LLAMA_CPP = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """`model_type` of the language models that `mmit export --format gguf` writes -> architecture of GGUF."""
 
+CLIP_DEFECT = (
+    "it moves the patches of CLIP towers by one and shows the LLM the cls token, until its defect "
+    "github.com/ggml-org/llama.cpp/issues/25814 is mended"
+)
+
 
 def targets(assembly: Assembly) -> list[str]:
     """Programs, with the class they will use, and for those that will not: why."""
@@ -28,7 +33,8 @@ def targets(assembly: Assembly) -> list[str]:
         found.append("not vLLM (its Llava takes CLIP and SigLIP towers)")
     if not clip or tower.select != "patch":
         return [*found, "not llama.cpp (the mmproj is written for CLIP towers with select: patch)"]
-    return [*found, _llama_cpp(kind)]
+    answer = _llama_cpp(kind)
+    return [*found, f"llama.cpp, but {CLIP_DEFECT}" if answer == "llama.cpp" else answer]
 
 
 def _llama_cpp(model_type: str) -> str:

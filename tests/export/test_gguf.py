@@ -60,7 +60,13 @@ def test_the_mmproj_computes_our_image_vectors(tmp_path: Path) -> None:
 
 
 def image_vectors(
-    tensors: dict[str, np.ndarray], picture: np.ndarray, *, blocks: int, heads: int, gelu: bool
+    tensors: dict[str, np.ndarray],
+    picture: np.ndarray,
+    *,
+    blocks: int,
+    heads: int,
+    gelu: bool,
+    cls_last: bool = False,
 ) -> np.ndarray:
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         centred = x - x.mean(-1, keepdims=True)
@@ -77,7 +83,8 @@ def image_vectors(
     size = kernel.shape[-1]
     side = picture.shape[-1] // size
     cut = picture.reshape(3, side, size, side, size).transpose(1, 3, 0, 2, 4).reshape(side * side, -1)
-    x = np.concatenate([tensors["v.class_embd"].reshape(1, -1), cut @ kernel.reshape(len(kernel), -1).T])
+    cls, patches = tensors["v.class_embd"].reshape(1, -1), cut @ kernel.reshape(len(kernel), -1).T
+    x = np.concatenate([patches, cls] if cls_last else [cls, patches])
     x = norm(x + tensors["v.position_embd.weight"], "v.pre_ln")
     for number in range(blocks):
         at = f"v.blk.{number}"
@@ -125,3 +132,54 @@ def test_llama_cpp_itself_answers_with_our_tokens(name: str, tmp_path: Path) -> 
             answer.append(int(np.argmax(model.scores[model.n_tokens - 1])))
             model.eval(answer[-1:])
         assert answer == ours.answer
+
+
+DEFECT = pytest.mark.xfail(reason="github.com/ggml-org/llama.cpp/issues/25814: cls token behind the patches")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("cls_last", [pytest.param(False, marks=DEFECT), True])
+@pytest.mark.parametrize("model", [SEEING, {"language": {"random": WIDE}, "vision": TOWERS["clip"]}])
+def test_llama_cpp_itself_sees_our_image_vectors(model: dict[str, Any], cls_last: bool, tmp_path: Path) -> None:
+    """A square picture of the tower's side, so that no resize comes between; its GELU is an approximation.
+
+    With the cls token where llama.cpp puts it now, its vectors are those of our file: nothing else differs.
+    """
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from ctypes import byref, c_uint8
+    from importlib import import_module
+
+    mtmd = import_module("llama_cpp.mtmd_cpp")
+    saved = saved_model(model)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
+    vision, projector = saved.assembly.vlm.vision, saved.assembly.vlm.projector
+    assert vision is not None
+    assert projector is not None
+    pixels = torch.randint(0, 256, (3, vision.side, vision.side), generator=torch.Generator().manual_seed(1))
+    pixels = pixels.to(torch.uint8)
+    with torch.no_grad():
+        ours = projector(vision(pixels[None]))[0].numpy()
+    if cls_last:
+        reader = gguf.GGUFReader(tmp_path / "out/mmproj.gguf")
+        tensors = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
+        picture = normalise(pixels[None], vision.mean, vision.std)[0].numpy()
+        gelu = reader.get_field("clip.use_gelu").contents()
+        ours = image_vectors(tensors, picture, blocks=vision.blocks, heads=2, gelu=gelu, cls_last=True)
+
+    language = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=256, verbose=False)
+    settings = mtmd.mtmd_context_params_default()
+    settings.use_gpu, settings.n_threads, settings.warmup = False, 1, False
+    context = mtmd.mtmd_init_from_file(str(tmp_path / "out/mmproj.gguf").encode(), language._model.model, settings)
+    assert context
+    raw = pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
+    bitmap = mtmd.mtmd_bitmap_init(vision.side, vision.side, (c_uint8 * len(raw)).from_buffer_copy(raw))
+    marker = mtmd.mtmd_default_marker()
+    text = mtmd.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
+    chunks = mtmd.mtmd_input_chunks_init()
+    assert mtmd.mtmd_tokenize(context, chunks, byref(text), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1) == 0
+    found = [mtmd.mtmd_input_chunks_get(chunks, place) for place in range(mtmd.mtmd_input_chunks_size(chunks))]
+    (image,) = [chunk for chunk in found if mtmd.mtmd_input_chunk_get_type(chunk) == 1]
+    assert mtmd.mtmd_encode_chunk(context, image) == 0
+    theirs = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape=ours.shape)
+    np.testing.assert_allclose(theirs, ours, atol=1e-2 * max(1.0, float(np.abs(ours).max())))
+    mtmd.mtmd_free(context)
