@@ -145,7 +145,7 @@ class Source(Section):
     """Samples of one origin: `{shards: DIR}`, or `{FORMAT: PATH, images: DIR}` converted once into a cache."""
 
     shards: str | None = None
-    """A folder of shards with its index."""
+    """A folder of shards with its index, or the address of one (s3://, gs://, https://, ... as fsspec knows them)."""
     format: str | None = None
     path: str | None = None
     images: str | None = None
@@ -330,6 +330,9 @@ class Config(Section):
     """CPU threads of torch; null: torch's own choice."""
     cache: str | None = None
     """Folder for converted data, lengths and features; null: $MMIT_CACHE or ~/.cache/mmit."""
+    remote_cache_gb: PositiveFloat = 100.0
+    """Most that tars of remote sources (`shards: s3://bucket/set`) may take in the cache; what was read longest ago
+    goes first. With `order: window` each tar is fetched once an epoch, however small the cache."""
 
     @model_validator(mode="after")
     def _stages_fit_the_model(self) -> Config:

@@ -24,6 +24,7 @@ from mmit.data.chat import Chat, Rendered, cut
 from mmit.data.images import PictureFit, decode
 from mmit.data.order import Occurrence, Order
 from mmit.data.packing import Costs, Example, Load, Row, deal, pack
+from mmit.data.remote import RemoteError
 from mmit.data.sample import BoxPart, Picture, Sample, SampleError
 from mmit.data.shards import ShardSet
 
@@ -242,7 +243,7 @@ class Steps(Dataset[Step]):
         try:
             return read(encoder, occurrence.index)
         except SampleError as error:
-            if self.on_bad_sample == "raise":
+            if self.on_bad_sample == "raise" or isinstance(error, RemoteError):
                 raise
             return Hole(encoder.shards.where(occurrence.index), encoder.source, "bad", str(error))
 
@@ -258,7 +259,8 @@ def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 
         sampler=range(start, stop),
         batch_size=None,
         num_workers=workers,
-        timeout=timeout if workers else 0,
+        # A worker may be fetching a tar from far away, and gives up by itself.
+        timeout=timeout if workers and not any(encoder.shards.is_remote for encoder in steps.encoders) else 0,
         prefetch_factor=2 if workers else None,
         # Without its own generator, iter(DataLoader) would draw from the global one, and a resumed run would differ.
         generator=torch.Generator(),

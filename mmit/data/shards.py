@@ -98,6 +98,11 @@ class ShardSet:
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         return shard, i - int(self._starts[shard])
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading may first have to fetch."""
+        return self._remote is not None
+
     def key(self, i: int) -> str:
         return self._value("key", i)
 

@@ -38,13 +38,14 @@ def open_stage(
     config: Config, stage: Stage, assembly: Assembly, *, cache: Path, on_cuda: bool, rank: int, ranks: int
 ) -> StageData:
     """Opens every source (ConfigError or SampleError names a faulty one) and lays out the steps of this rank."""
-    shards = [_open(source) for source in stage.data]
+    shards = [_open(source, config, cache) for source in stage.data]
     rendering = rendering_of(config, stage, assembly)
     out = None
     if config.eval is not None and config.eval.holdout is not None:
         # The pictures of the other stages join in: what this one holds out, no other may have trained on.
         by_picture = config.eval.holdout.by == "picture"
-        others = [_open(s) for other in config.stages if by_picture and other.name != stage.name for s in other.data]
+        rest = [other for other in config.stages if by_picture and other.name != stage.name]
+        others = [_open(source, config, cache) for other in rest for source in other.data]
         out = _hold_out([*shards, *others], config.eval.holdout, config.seed)[: len(shards)]
     origins = []
     for number, (source, samples) in enumerate(zip(stage.data, shards, strict=True)):
@@ -145,7 +146,7 @@ def _held_out_steps(
     if out is not None:
         pairs += [(encoder, np.flatnonzero(mask)) for encoder, mask in zip(encoders, out, strict=True)]
     for number, source in enumerate(config.eval.data, start=len(encoders)):
-        samples = _open(source)
+        samples = _open(source, config, cache)
         pairs.append((Encoder(samples, encoders[0].rendering, number, cache), np.arange(len(samples))))
     origins, evaluated = [], []
     for encoder, indices in pairs:
@@ -161,10 +162,10 @@ def _held_out_steps(
     return Steps(order, evaluated, **layout)
 
 
-def _open(source: Source) -> ShardSet:
+def _open(source: Source, config: Config, cache: Path) -> ShardSet:
     if source.shards is None:
         raise ConfigError(f"source {source.title}: {source.format} has not been converted to shards")
-    return ShardSet(Path(source.shards))
+    return ShardSet(source.shards, cache=cache, limit=int(config.remote_cache_gb * 10**9))
 
 
 def _origin(source: Source, samples: ShardSet, taken: np.ndarray, stage: Stage) -> Origin:

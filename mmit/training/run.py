@@ -22,6 +22,7 @@ from mmit.training import checkpoint
 from mmit.training.checkpoint import Checkpoint
 
 FREE_TO_CHANGE = {"output", "workers", "threads", "cache", "device", "save", "eval", "stages", "parallel", "offload"}
+FREE_TO_CHANGE |= {"remote_cache_gb"}
 FREE_IN_STAGE = {"row_tokens", "row_images", "gradient_checkpointing"}
 PACKAGES = ("mmit", "torch", "transformers", "open_clip_torch", "peft", "accelerate", "tokenizers", "pillow")
 

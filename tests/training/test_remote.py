@@ -1,0 +1,49 @@
+"""Laws of training on shards that lie elsewhere: the same losses, and no network fault passes for a bad sample."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.training.tiny import config, ended, metrics, run, said, shards, stage, start, written
+
+pytest.importorskip("aiohttp", reason="http needs the extra mmit[remote]")
+TRAIN = {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
+
+
+@pytest.fixture
+def served(data: Path) -> Iterator[str]:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(data.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_run_over_the_network_gives_the_losses_of_the_run_beside_the_data(
+    data: Path, served: str, tmp_path: Path
+) -> None:
+    beside = run(config(tmp_path / "beside", stage("sft", data, TRAIN)))
+    largest = max(path.stat().st_size for path in data.glob("*.tar"))
+    far = stage("sft", data, TRAIN) | {"data": [{"shards": f"{served}/{data.name}"}]}
+    bounds = {"workers": 2, "remote_cache_gb": 2 * largest / 1e9, "cache": str(tmp_path / "other")}
+    assert metrics(run(config(tmp_path / "far", far, **bounds))) == metrics(beside)
+    kept = list((tmp_path / "other" / "remote" / "tars").glob("*.tar"))
+    assert 0 < sum(path.stat().st_size for path in kept) <= 2 * largest
+
+
+def test_a_shard_that_went_away_stops_the_run_though_bad_samples_are_skipped(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "set", [written(number) for number in range(20)])
+    (folder / "shard-000001.tar").unlink()
+    far = stage("sft", folder, {"language": {"lr": 1e-3}}, on_bad_sample="skip")
+    far["data"] = [{"shards": folder.as_uri()}]
+    wanted = config(tmp_path / "run", far, vision=None, workers=1)
+    assert ended(start(wanted)) == 3
+    assert "shard-000001.tar: is not there" in said(wanted)
