@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from data_tools.convert import CONVERSION, REJECTED, conversion
 from mmit.config import ConfigError
+from mmit.data.provenance import licenses
 from mmit.data.sample import SampleError
 from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard
 from mmit.data.shard_writer import shard_name, write_index
@@ -130,7 +131,9 @@ def _summary(sets: list[_Opened]) -> dict[str, Any]:
     first = [json.loads(line)["reason"] for _, line in lines[:5]]
     if any(opened.part for opened in sets):
         return {"plan": summaries[0]["plan"] | {"part": None}, **totals, "first": first}
-    return {"plan": {"merged": [summary["plan"] for summary in summaries], "part": None}, **totals, "first": first}
+    stated = {"licenses": sorted({license for opened in sets for license in licenses(opened.folder)})}
+    merged = [summary["plan"] for summary in summaries]
+    return {"plan": {"merged": merged, "part": None}, **totals, **stated, "first": first}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ COLOURS = 4
 and a blue one are the same."""
 COLOUR_DIFFERENCE = 12.0
 """Mean difference out of 255 up to which they are alike; encoding again as JPEG of quality 30 gives about 1."""
+SIDE = 64
 PRINT = np.dtype([("hash", "<u8"), ("colours", "u1", (COLOURS * COLOURS * 3,))])
 
 
@@ -55,6 +56,8 @@ def print_of(pixels: np.ndarray) -> np.ndarray:
     import imagehash
 
     image = Image.fromarray(pixels)
+    # The hash is of 32 x 32 pixels: shrunk by whole pixels first, a photo takes a fifth of the time.
+    image = image.reduce(max(1, min(image.size) // SIDE))
     bits = imagehash.phash(image, hash_size=8).hash.ravel()
     value = np.zeros(1, dtype=PRINT)
     value["hash"] = np.packbits(bits).view(">u8").astype(np.uint64)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mmit.config import ConfigError
+from mmit.data.provenance import CONVERSION, PROVENANCE, beside, licenses
 from mmit.data.sample import Sample, SampleError
 from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, WrittenShard
 from mmit.data.shard_writer import TEMPORARY, shard_name, write_index, write_shard
@@ -31,9 +32,7 @@ FORMAT = 1
 VERSION = 1
 """Raised when a tool decides otherwise on the same input and options, so that it finishes no set begun before."""
 WORK = ".unfinished"
-PROVENANCE = "provenance.json"
 REMOVED = "removed.jsonl"
-CONVERSION = "conversion.json"
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being done, how many samples of how many are done."""
@@ -247,23 +246,8 @@ def _provenance(
         },
         "removed": {"file": REMOVED, "sha256": digest},
         "licenses": licenses(shards.folder),
-        "made_from": _beside(shards.folder, PROVENANCE) or _beside(shards.folder, CONVERSION),
+        "made_from": beside(shards.folder, PROVENANCE) or beside(shards.folder, CONVERSION),
     }
-
-
-def licenses(folder: Path) -> list[str]:
-    """The licences stated for the data of a shard set, whether converted, merged or derived."""
-    derived = _beside(folder, PROVENANCE)
-    if derived is not None:
-        return derived["licenses"]
-    plan = (_beside(folder, CONVERSION) or {}).get("plan", {})
-    stated = {part["settings"]["license"] for part in plan.get("merged", [plan]) if "settings" in part}
-    return sorted(license for license in stated if license)
-
-
-def _beside(folder: Path, name: str) -> dict[str, Any] | None:
-    path = folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _write(path: Path, record: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mmit.data.provenance import licenses
 from mmit.export.targets import CLIP_DEFECT
 from mmit.export.verify import Parity
 from mmit.model.saved import Saved
@@ -130,19 +131,12 @@ def _data(config: Mapping[str, Any] | None) -> str:
     for stage in config["stages"]:
         for source in stage["data"]:
             place = source.get("shards") or source.get("path") or ""
-            license = (source.get("options") or {}).get("license") or _license(Path(place)) or "not stated"
+            stated = (source.get("options") or {}).get("license") or ", ".join(licenses(Path(place)))
+            license = stated or "not stated"
             title = source.get("name") or (f"{source['format']}: " if source.get("format") else "") + Path(place).name
             taken = f"x {source['repeat']:g}" + (f", at most {source['limit']}" if source.get("limit") else "")
             rows.append(f"| {stage['name']} | {title} | {license} | {taken} |")
     return "\n".join(rows)
-
-
-def _license(shards: Path) -> str | None:
-    """The licence that `mmit-data convert --license` noted beside the shards."""
-    try:
-        return json.loads((shards / "conversion.json").read_text(encoding="utf-8")).get("license")
-    except (OSError, ValueError):
-        return None
 
 
 def _recipe(config: Mapping[str, Any] | None) -> str:

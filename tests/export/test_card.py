@@ -32,7 +32,7 @@ def test_the_card_tells_data_licences_recipe_metrics_and_parity(tmp_path: Path) 
     run = run_of(saved_model(MODELS["CLIP + llama"]), tmp_path / "run")
     shards = tmp_path / "shards"
     shards.mkdir()
-    (shards / "conversion.json").write_text(json.dumps({"license": "Apache-2.0"}))
+    (shards / "conversion.json").write_text(json.dumps({"plan": {"settings": {"license": "Apache-2.0"}}}))
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG).replace("SHARDS", str(shards)))
     steps = [{"stage": "sft", "step": step, "loss": 3.0 - step / 10} for step in range(1, 21)]
     lines = [*steps, {"stage": "sft", "step": 20, "held_out": {"ours": 1.25}}]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import data_tools.quality.subset as subset
+from data_tools.convert import Settings, convert
+from data_tools.merge import merge
 from data_tools.quality.filter import Rules, filter_set, refusal
-from data_tools.quality.subset import licenses
 from mmit.config import ConfigError
+from mmit.data.provenance import licenses
 from mmit.data.sample import SampleError
 from mmit.data.shards import ShardSet, verify
 from tests.tools.conftest import picture_bytes, read_all
@@ -177,13 +179,18 @@ def test_a_shard_of_which_nothing_is_left_is_not_written(tmp_path: Path) -> None
     assert derived.shards.shard_sizes == [3, 5, 5, 5]
 
 
-def test_licences_go_along(tmp_path: Path) -> None:
-    chats(tmp_path / "in", ROWS)
-    plan = {"plan": {"settings": {"license": "CC-BY-4.0"}, "part": None}}
-    (tmp_path / "in" / "conversion.json").write_text(json.dumps(plan))
-    filter_set(tmp_path / "in", tmp_path / "a", Rules(least_answer=1))
-    filter_set(tmp_path / "a", tmp_path / "b", Rules(least_answer=2))
-    assert licenses(tmp_path / "b") == licenses(tmp_path / "in") == ["CC-BY-4.0"]
+def test_licences_go_along_through_filtering_and_merging(tmp_path: Path) -> None:
+    for name, license in (("a", "CC-BY-4.0"), ("b", "MIT"), ("c", None)):
+        rows = [{"instruction": f"{name} {number}?", "output": "x" * number} for number in range(1, 9)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        convert("alpaca", tmp_path / f"{name}.json", None, tmp_path / name, settings=Settings(license=license))
+    filter_set(tmp_path / "a", tmp_path / "filtered", Rules(least_answer=2))
+    filter_set(tmp_path / "filtered", tmp_path / "twice", Rules(least_answer=3))
+    merge([tmp_path / "twice", tmp_path / "b", tmp_path / "c"], tmp_path / "all")
+    filter_set(tmp_path / "all", tmp_path / "last", Rules(least_answer=4))
+    found = {name: licenses(tmp_path / name) for name in ("a", "b", "c", "filtered", "twice", "all", "last")}
+    one, both = ["CC-BY-4.0"], ["CC-BY-4.0", "MIT"]
+    assert found == {"a": one, "b": ["MIT"], "c": [], "filtered": one, "twice": one, "all": both, "last": both}
 
 
 def test_the_command_ends_with_the_code_of_whose_fault_it_is(command: Command, tmp_path: Path) -> None:
