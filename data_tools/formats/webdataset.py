@@ -2,15 +2,16 @@
 
 What is read of a sample: its pictures in the order of the tar; its JSON if that is a conversation (`messages`,
 `conversations`) or has one of the usual names for question and answer; else its text as a caption. Members of a sample
-must stand together, as every reader of webdataset requires; a key that comes back later is rejected by name. Nothing is
-unpacked to disk, and no member is ever run or unpickled.
+that stand apart are joined; in a compressed tar, which cannot be read twice, a key that comes back is rejected by name.
+Nothing is unpacked to disk, and no member is ever run or unpickled.
 """
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,13 @@ from typing import Any
 from data_tools.album import Album, unread
 from data_tools.formats.messages import parts_of_row
 from data_tools.rows import Rejected, Row, each
+from data_tools.tars import CUT, PICTURES, TEXTS, Member, fault_of, groups, is_hidden, is_plain, key_and_ending
 from data_tools.turns import Turn, asked_about, place_pictures, sample_of, text_of, valued_turns
 from mmit.config import ConfigError
-from mmit.data.images import MAX_BYTES
 from mmit.data.sample import ImagePart, Picture, Sample, SampleError, TextPart
 
-PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"}
 QUESTIONS = ("question", "context", "prompt", "instruction", "text_input")
 ANSWERS = ("answer", "answers", "caption", "text", "response", "completion", "text_output")
-MOST_TEXT = 64 * 2**20
 
 
 def samples(
@@ -39,27 +38,43 @@ def samples(
         raise ConfigError(f"{path}: the folder holds no .tar file")
 
     def sample(row: Row) -> Sample:
-        members: list[tuple[str, bytes]] = row.record["members"]
-        pictures: list[Picture] = []
-        texts: dict[str, str] = {}
-        for ending, data in members:
-            last = ending.rsplit(".", 1)[-1].lower()
-            if last in PICTURES:
-                pictures.append(unread(data, f"{row.where}: {ending}"))
-            elif last in ("txt", "caption", "text", "json", "question", "answer"):
-                try:
-                    texts[last] = data.decode("utf-8")
-                except UnicodeDecodeError:
-                    raise SampleError(f"{row.where}: {ending} is not UTF-8; save it again as UTF-8") from None
-        return _sample(row, pictures, texts, prompt, strip)
+        return sample_of_members(row, prompt=prompt, strip=strip)
 
-    return each((row for tar in tars for row in _rows(tar)), sample)
+    return each((row for tar in tars for row in (rows(tar) if is_plain(tar) else _streamed_rows(tar))), sample)
 
 
-def _rows(tar: Path) -> Iterator[Row | Rejected]:
+def sample_of_members(row: Row, *, prompt: str, strip: bool) -> Sample:
+    """The sample in the `members` of a row, (ending, content) each; its pictures are those given, unread."""
+    pictures: list[Picture] = []
+    texts: dict[str, str] = {}
+    for ending, data in row.record["members"]:
+        last = ending.rpartition(".")[2].lower()
+        if last in PICTURES:
+            pictures.append(data if isinstance(data, Picture) else unread(data, f"{row.where}: {ending}"))
+        elif last in TEXTS:
+            try:
+                texts[last] = data.decode("utf-8")
+            except UnicodeDecodeError:
+                raise SampleError(f"{row.where}: {ending} is not UTF-8; save it again as UTF-8") from None
+    return _sample(row, pictures, texts, prompt, strip)
+
+
+def rows(tar: Path) -> Iterator[Row | Rejected]:
+    """One row a sample of a tar that is not compressed."""
+    with tar.open("rb") as file:
+        for group in groups(tar):
+            if isinstance(group, Rejected):
+                yield group
+                continue
+            members = [(m.ending, os.pread(file.fileno(), min(m.size, m.limit), m.offset)) for m in group.members]
+            yield Row(tar.name, group.number, f"{tar.name}:{group.key}", {"key": group.key, "members": members})
+
+
+def _streamed_rows(tar: Path) -> Iterator[Row | Rejected]:
     """One row a sample: neighbouring members with the same name up to its first dot."""
     done: set[str] = set()
     number, key, members = 0, "", []
+    fault: str | None = None
 
     def finished() -> Row | Rejected:
         where = f"{tar.name}:{key}"
@@ -67,33 +82,29 @@ def _rows(tar: Path) -> Iterator[Row | Rejected]:
             reason = f"{where}: members of this key also stand elsewhere in the tar; sort the tar, or name them apart"
             return Rejected(tar.name, number, key, reason)
         done.add(key)
+        if fault is not None:
+            return Rejected(tar.name, number, key, f"{where}: {fault}")
         return Row(tar.name, number, where, {"key": key, "members": members})
 
     try:
         with tarfile.open(tar, "r|*") as stream:
             for member in stream:
-                name = Path(member.name).name
-                if not member.isfile() or name.startswith(".") or ".nv-meta" in member.name:
+                if member.isdir() or is_hidden(member.name):
                     continue
-                stem, dot, ending = name.partition(".")
-                place = str(Path(member.name).parent / stem) if "/" in member.name else stem
+                place, ending = key_and_ending(member.name)
                 if key and place != key:
                     yield finished()
-                    number, members = number + 1, []
+                    number, members, fault = number + 1, [], None
                 key = place
-                limit = MAX_BYTES + 1 if ending.rsplit(".", 1)[-1].lower() in PICTURES else MOST_TEXT
-                content = stream.extractfile(member) if dot else None
+                fault = fault or fault_of(member, ending, [other for other, _ in members])
+                content = stream.extractfile(member) if member.isreg() else None
+                limit = Member(ending, 0, member.size).limit
                 members.append((ending, content.read(limit) if content is not None else b""))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        yield Rejected(tar.name, number, key, f"{tar.name}:{key}: the tar ends or breaks here ({error}); copy it again")
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        yield Rejected(tar.name, number, key, f"{tar.name}:{key}: the tar ends or breaks here ({error}); {CUT}")
         return
     if key:
         yield finished()
-    with tar.open("rb") as file:  # tarfile takes a tar that was cut between two members for a whole one
-        file.seek(max(0, file.seek(0, io.SEEK_END) - 1024))
-        if tar.suffix == ".tar" and file.read().strip(b"\0"):
-            reason = f"{tar.name}: the tar has no end mark, so it was cut after {key}; copy it again"
-            yield Rejected(tar.name, number + 1, "", reason)
 
 
 def _sample(row: Row, pictures: list[Picture], texts: Mapping[str, str], prompt: str, strip: bool) -> Sample:

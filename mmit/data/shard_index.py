@@ -45,6 +45,17 @@ SCHEMA = pa.schema(
 )
 
 
+IN_PLACE = pa.schema(
+    [
+        *SCHEMA,
+        ("json", pa.string()),
+        ("picture_offsets", pa.list_(pa.int64())),
+        ("picture_bytes", pa.list_(pa.int64())),
+    ]
+)
+"""Of tars that somebody else wrote: the sample's JSON stands in the index, its pictures stay where they lie."""
+
+
 @dataclass(frozen=True)
 class SampleRow:
     """What `samples.parquet` says of one sample, but for the shard it lies in."""
@@ -59,6 +70,15 @@ class SampleRow:
     sha256: tuple[bytes, ...]
     characters: int
     meta: str
+
+
+@dataclass(frozen=True)
+class InPlaceRow(SampleRow):
+    """A sample of a tar that somebody else wrote; `offset` and `bytes` span its members."""
+
+    json: str
+    picture_offsets: tuple[int, ...]
+    picture_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,16 @@ class Index:
     fingerprint: str
     samples_bytes: int
     samples_sha256: str
+    texts: str | None = None
+    """sha256 of the JSON of all samples, if the tars are somebody else's, indexed where they lie."""
+
+    @property
+    def in_place(self) -> bool:
+        return self.texts is not None
+
+    @property
+    def schema(self) -> pa.Schema:
+        return IN_PLACE if self.in_place else SCHEMA
 
 
 def read_index(folder: Path) -> Index:
@@ -125,7 +155,7 @@ def index_of(raw: bytes, path: str) -> Index:
             ShardEntry(item["name"], item["bytes"], item["sha256"], item["samples"]) for item in record["shards"]
         )
         parquet = record["samples.parquet"]
-        index = Index(entries, record["fingerprint"], parquet["bytes"], parquet["sha256"])
+        index = Index(entries, record["fingerprint"], parquet["bytes"], parquet["sha256"], record.get("in_place"))
         for entry in entries:
             if not (isinstance(entry.name, str) and isinstance(entry.bytes, int) and isinstance(entry.samples, int)):
                 raise TypeError(f"shard {entry.name!r}")
@@ -137,7 +167,7 @@ def index_of(raw: bytes, path: str) -> Index:
     for value in (index.samples_sha256, *(entry.sha256 for entry in entries)):
         if not (isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)):
             raise SampleError(f"{path}: damaged ({value!r} is no sha256); convert again")
-    if _fingerprint(entries) != index.fingerprint:
+    if _fingerprint(entries, index.texts) != index.fingerprint:
         raise SampleError(f"{path}: its fingerprint does not belong to its list of shards; convert again")
     return index
 
@@ -176,9 +206,9 @@ def arrow_file(folder: Path, index: Index) -> Path:
         target = cache / name
     temporary = target.with_name(f"{name}.{os.getpid()}.tmp")
     source = pq.ParquetFile(parquet)
-    with source, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with source, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
         for batch in source.iter_batches(batch_size=65536):
-            writer.write_batch(batch.cast(SCHEMA))
+            writer.write_batch(batch.cast(index.schema))
     os.replace(temporary, target)
     return target
 
@@ -198,12 +228,15 @@ def map_samples(path: Path) -> pa.Table:
 class IndexWriter:
     """`samples.parquet` growing by one row group a shard, then `index.json`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, in_place: bool = False) -> None:
         self.folder = folder
+        self.in_place = in_place
+        self.schema = IN_PLACE if in_place else SCHEMA
         self.temporary = folder / f"{SAMPLES}.{os.getpid()}.tmp"
         self.file: IO[bytes] = self.temporary.open("wb")
-        self.parquet = pq.ParquetWriter(self.file, SCHEMA, compression="zstd")
+        self.parquet = pq.ParquetWriter(self.file, self.schema, compression="zstd")
         self.entries: list[ShardEntry] = []
+        self.texts = hashlib.sha256()
 
     def __enter__(self) -> IndexWriter:
         return self
@@ -220,18 +253,23 @@ class IndexWriter:
                 name: [len(self.entries)] * len(shard.rows)
                 if name == "shard"
                 else [row.__dict__[name] for row in shard.rows]
-                for name in SCHEMA.names
+                for name in self.schema.names
             }
-            self.parquet.write_table(pa.table(columns, schema=SCHEMA))
+            self.parquet.write_table(pa.table(columns, schema=self.schema))
+        for row in shard.rows if self.in_place else ():
+            assert isinstance(row, InPlaceRow)
+            self.texts.update(row.json.encode() + b"\n")
         self.entries.append(shard.entry)
 
     def finish(self) -> None:
         self.parquet.close()
         seal(self.file, self.temporary, self.folder / SAMPLES)
+        texts = self.texts.hexdigest() if self.in_place else None
         record = {
             "format": FORMAT,
+            **({} if texts is None else {"in_place": texts}),
             "samples": sum(entry.samples for entry in self.entries),
-            "fingerprint": _fingerprint(self.entries),
+            "fingerprint": _fingerprint(self.entries, texts),
             "samples.parquet": {
                 "bytes": (self.folder / SAMPLES).stat().st_size,
                 "sha256": file_sha256(self.folder / SAMPLES),
@@ -269,8 +307,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _fingerprint(entries: Sequence[ShardEntry]) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, *([e.name, e.sha256] for e in entries)]).encode()).hexdigest()
+def _fingerprint(entries: Sequence[ShardEntry], texts: str | None) -> str:
+    named = [FORMAT, *([] if texts is None else [texts]), *([e.name, e.sha256] for e in entries)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import random
@@ -269,13 +270,22 @@ def test_webdataset_tars_of_many_shapes(run: Converter, tmp_path: Path) -> None:
     assert samples[1].images[1].data == picture_bytes(1)
 
 
-def test_members_apart_and_samples_without_text_are_named(run: Converter, tmp_path: Path) -> None:
-    data = picture_bytes(0)
-    path = tar_of(tmp_path / "x.tar", [("1.png", data), ("2.png", data), ("2.txt", b"ok"), ("1.txt", b"late")])
+APART = [("1.txt", b"early"), ("2.png", picture_bytes(2)), ("2.txt", b"ok"), ("1.png", picture_bytes(1))]
+
+
+def test_members_apart_are_joined(run: Converter, tmp_path: Path) -> None:
+    samples = run("webdataset", tar_of(tmp_path / "x.tar", APART))
+    assert [joined(s) for s in samples] == [one("Describe the image.", "early"), one("Describe the image.", "ok")]
+    assert [s.images[0].data for s in samples] == [picture_bytes(1), picture_bytes(2)]
+
+
+def test_members_apart_in_a_compressed_tar_and_samples_without_text_are_named(run: Converter, tmp_path: Path) -> None:
+    plain = tar_of(tmp_path / "x.tar", [("1.png", picture_bytes(1)), *APART[1:3], APART[0]])
+    (tmp_path / "y.tar").write_bytes(gzip.compress(plain.read_bytes()))
     with pytest.raises(RejectedRows) as caught:
-        run("webdataset", path)
-    assert "x.tar:1: no conversation, answer or caption" in str(caught.value)
-    assert "x.tar:1: members of this key also stand elsewhere" in str(caught.value)
+        run("webdataset", tmp_path / "y.tar")
+    assert "y.tar:1: no conversation, answer or caption" in str(caught.value)
+    assert "y.tar:1: members of this key also stand elsewhere" in str(caught.value)
 
 
 def test_a_foreign_tar_cut_anywhere_is_reported(tmp_path: Path) -> None:
