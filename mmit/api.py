@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmit.config import Config, ConfigError, Source, dump_config, load_config, suggest
 
 
-def train(config: Config | Path | str, overrides: tuple[str, ...] = ()) -> Path:
+def train(config: Config | Path | str, overrides: tuple[str, ...] = (), *, check_memory: bool = False) -> Path:
     """Runs, or goes on with, what the config's `output` names, and returns its `final/`.
+
+    With `check_memory` each stage computes its longest step first, which changes no result.
 
     Raises ConfigError or SampleError for faults of the input, and mmit.training.run.Interrupted when a signal stopped
     the run after saving it.
@@ -18,7 +21,18 @@ def train(config: Config | Path | str, overrides: tuple[str, ...] = ()) -> Path:
     check_formats(config)
     from mmit.training.loop import train as run  # the seconds of torch and transformers, once the config is right
 
-    return run(with_shards(config), asked=dump_config(config))
+    return run(with_shards(config), asked=dump_config(config), check_memory=check_memory)
+
+
+def replay(folder: Path) -> Iterator[str]:
+    """Repeats the step that a run has kept in `fault-step-N/`; says line by line what is not finite in it."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{folder}: no config.yaml; name a fault-step-N/ that a run has left in its directory")
+    config = load_config(file)
+    from mmit.training.replay import replay
+
+    yield from replay(with_shards(config), folder)
 
 
 def with_shards(config: Config) -> Config:

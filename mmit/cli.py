@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -26,12 +28,27 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    check_memory: Annotated[bool, typer.Option("--check-memory", help="Compute the longest step first.")] = False,
+) -> None:
     """Run a recipe, or go on with it: the same command resumes after any interruption."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _leave)  # until the run listens itself there is nothing to save
     from mmit import api
 
-    final = api.train(config, tuple(overrides or ()))
+    final = api.train(config, tuple(overrides or ()), check_memory=check_memory)
     typer.echo(f"done: {final}\n  mmit generate {final.parent} --prompt '...'" + "  (--image FILE to show a picture)")
+
+
+@app.command()
+def replay(folder: Annotated[Path, typer.Argument(help="A fault-step-N/ that a run has left.")]) -> None:
+    """Repeat the step whose loss or gradient was not finite, and name what is not finite in it."""
+    from mmit import api
+
+    for line in api.replay(folder):
+        typer.echo(line)
 
 
 @app.command()
@@ -162,8 +179,20 @@ def merge(
     typer.echo(f"{done.folder}: {done.parity.sentence()}")
 
 
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+}
+"""Switches by which dependencies stop telling their makers about us; who has set one otherwise keeps that."""
+
+
 def main() -> None:
     """The entry point. A fault of the user ends in one message and exit code 2, of the data 3, an interruption 75."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         app(standalone_mode=True)
     except ConfigError as error:
@@ -174,11 +203,17 @@ def main() -> None:
         _stop(str(error), 3)
     except Exception as error:
         if type(error).__name__ == "Interrupted":
-            _stop(str(error), 75)
+            # torchrun would start a failed rank again; the note PREEMPTED in the run directory says what happened.
+            _stop(str(error), 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75)
         raise
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"stopped before the run began; nothing is lost\n")
+    os._exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 75)
 
 
 def _stop(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(code) if code == 75 else sys.exit(code)
+    os._exit(code) if code in (0, 75) else sys.exit(code)

@@ -268,6 +268,11 @@ class Stage(Section):
     gradient_checkpointing: bool = False
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """`skip`: a sample that cannot be read leaves a hole in its step and a line in skipped.jsonl."""
+    max_skipped: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the samples seen that may be skipped as bad, from the 100th on; the run stops beyond it, or when 100 in
+    a row are bad."""
+    skip_nonfinite: NonNegativeInt = 0
+    """Steps in a row whose update is left out because loss or gradient is not finite, before the run stops."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
@@ -292,6 +297,9 @@ class Evaluation(Section):
     """Steps between evaluations; one more is made at the end of each stage."""
     samples: PositiveInt = 200
     """Most held-out samples of a source that an evaluation reads."""
+    keep_best: bool = False
+    """Keep the checkpoint of least held-out loss of each stage; that of the last one also becomes best/, a model as
+    final/ is."""
 
     @model_validator(mode="after")
     def _has_data(self) -> Evaluation:

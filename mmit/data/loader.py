@@ -10,7 +10,7 @@ import hashlib
 import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -40,6 +40,12 @@ class Hole:
     source: int
     kind: Literal["bad", "long"]
     reason: str
+    here: bool = False
+    """Found while decoding a picture, so known to this rank alone, which has taken the counts below out of its step."""
+    tokens: int = 0
+    pictures: int = 0
+    was_cut: bool = False
+    unlabelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Step:
     rows: tuple[Row, ...]
     samples: int
     """Samples of the step over all ranks; also `tokens`, `pictures` and `holes`. But for pictures that cannot be
-    decoded: only the rank that decodes them knows, and tells of its own."""
+    decoded: only the rank that decodes them knows, and tells of its own (`Hole.here`)."""
     tokens: int
     pictures: int
     holes: tuple[Hole, ...]
@@ -199,8 +205,19 @@ class Steps(Dataset[Step]):
         for row in dealt[self.rank]:
             packed, faults = self._row([ready[i] for i in row], touch_vision=self.ranks > 1)
             rows.append(packed)
-            holes.extend(faults.values())
             lost.update(row[place] for place in faults)
+            for place, fault in faults.items():
+                i = row[place]
+                holes.append(
+                    replace(
+                        fault,
+                        here=True,
+                        tokens=loads[i].tokens,
+                        pictures=len(loads[i].pictures),
+                        was_cut=was_cut[i],
+                        unlabelled=ready[i][1].supervised == 0,
+                    )
+                )
         taken = [i for i in range(len(ready)) if i not in lost]
         return Step(
             number=number,

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as distributed_checkpoint
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from mmit.config import ConfigError
@@ -87,7 +89,10 @@ def save(
         temporary.mkdir(parents=True)
 
     def finish() -> None:
-        save_file(whole, temporary / MODEL)
+        try:
+            save_file(whole, temporary / MODEL)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         (temporary / STATE).write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
         add_files(temporary, whole)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
@@ -126,8 +131,14 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, accelerator: Acce
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     if sharded or accelerator.is_main_process:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        with _quiet_alone():
-            distributed_checkpoint.save(dict(tensors), storage_writer=writer, no_dist=not sharded)
+        try:
+            with _quiet_alone():
+                state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=not sharded)
+        except CheckpointException as error:  # the faults of all ranks, and not an Exception
+            faults = [fault for fault, _ in error.failures.values()]
+            if not all(isinstance(fault, OSError | SafetensorError) for fault in faults):
+                raise
+            raise OSError("; ".join(sorted({str(fault) for fault in faults}))) from error
 
 
 def read_shards(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
@@ -135,7 +146,7 @@ def read_shards(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     reader = HuggingFaceStorageReader(str(checkpoint.folder / OPTIMIZER))
     with _quiet_alone():
-        distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=not sharded)
+        state_dict_loader.load(dict(tensors), storage_reader=reader, no_dist=not sharded)
 
 
 @contextmanager
@@ -182,15 +193,16 @@ def has_begun(checkpoints: Path, stage: str) -> bool:
     return bool(_of_stage(checkpoints, stage))
 
 
-def prune(checkpoints: Path, stage: str, *, step: int, keep: int) -> None:
+def prune(checkpoints: Path, stage: str, *, step: int, keep: int, best: int | None = None) -> None:
     """Removes all but the `keep` newest checkpoints of a stage up to `step`, and folders that were never finished.
+    That of step `best` stays in any case.
 
     `step` was saved last: what is there of later steps was not whole when the stage went on, and must not count.
     """
     folders = _of_stage(checkpoints, stage)
     kept = [number for number, _ in folders if number <= step][-keep:]
     for number, folder in folders:
-        if number not in kept:
+        if number not in kept and number != best:
             shutil.rmtree(folder)
     for folder in checkpoints.glob("*.tmp"):
         shutil.rmtree(folder)

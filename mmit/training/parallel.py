@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed
@@ -60,11 +60,6 @@ def spread(vlm: VLM, how: Spread, accelerator: Accelerator, *, offload: bool) ->
             f"parallel: {how} cannot train the rows of model.add_tokens alone, beside a LoRA; write parallel: ddp, or "
             f"train the language model whole"
         )
-    if any(parameter._backward_hooks for parameter in vlm.parameters()):
-        raise ConfigError(
-            f"parallel: {how} cannot train the rows of model.add_tokens alone, beside a LoRA; write parallel: ddp, or "
-            f"train the language model whole"
-        )
     mesh = _mesh(how, accelerator)
     bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
@@ -74,7 +69,10 @@ def spread(vlm: VLM, how: Spread, accelerator: Accelerator, *, offload: bool) ->
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offloading)
     if vlm.vision is not None:
         vlm.vision.to(accelerator.device)
-    return fully_shard(vlm, mesh=mesh, mp_policy=precision, offload_policy=offloading, ignored_params=replicated)
+    return cast(
+        nn.Module,
+        fully_shard(vlm, mesh=mesh, mp_policy=precision, offload_policy=offloading, ignored_params=replicated),
+    )
 
 
 def accumulating(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -123,14 +121,30 @@ def agreed(accelerator: Accelerator, *values: int) -> list[int]:
     """Each value summed over all ranks."""
     if accelerator.num_processes == 1:
         return list(values)
-    return cast(Tensor, accelerator.reduce(torch.tensor(values, device=accelerator.device))).tolist()
+    return summed(accelerator, torch.tensor(values, device=accelerator.device)).tolist()
+
+
+def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """Over all ranks."""
+    return cast(Tensor, accelerator.reduce(tensor))
+
+
+def gathered(accelerator: Accelerator, values: Sequence[Any]) -> list[Sequence[Any]]:
+    """The `values` of every rank, by rank; nothing is sent where all have none."""
+    if accelerator.num_processes == 1:
+        return [values]
+    if not agreed(accelerator, len(values))[0]:
+        return []
+    found: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(found, list(values))
+    return found
 
 
 def _mesh(how: Spread, accelerator: Accelerator) -> DeviceMesh:
     kind, ranks = accelerator.device.type, accelerator.num_processes
     if how == "fsdp":
         return init_device_mesh(kind, (ranks,))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     if ranks % local or ranks == local:
         raise ConfigError(
             f"parallel: hsdp replicates between nodes, but there are {ranks} ranks, {local} on this node; use fsdp"

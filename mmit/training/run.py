@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,8 +24,14 @@ from mmit.training.checkpoint import Checkpoint
 
 FREE_TO_CHANGE = {"output", "workers", "threads", "cache", "device", "save", "eval", "stages", "parallel", "offload"}
 FREE_TO_CHANGE |= {"remote_cache_gb"}
-FREE_IN_STAGE = {"row_tokens", "row_images", "gradient_checkpointing"}
+FREE_IN_STAGE = {
+    *("row_tokens", "row_images", "gradient_checkpointing"),
+    *("on_bad_sample", "max_skipped", "skip_nonfinite"),
+}
 PACKAGES = ("mmit", "torch", "transformers", "open_clip_torch", "peft", "accelerate", "tokenizers", "pillow")
+
+
+NOTHING_LOST = "stopped while loading; nothing is lost, the same command starts anew or goes on"
 
 
 class Interrupted(Exception):
@@ -36,11 +43,19 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.set = False
+        self._since = 0.0
+        self._raises = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.set:
-            os._exit(128 + number)
-        self.set = True
+            # torchrun passes on a Ctrl-C that the terminal has sent to its ranks as well: that is one signal.
+            if not under_torchrun() or now - self._since > 1:
+                os._exit(128 + number)
+            return
+        self.set, self._since = True, now
+        if self._raises:
+            raise Interrupted(NOTHING_LOST)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -56,12 +71,30 @@ class StopFlag:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self, wanted: bool) -> Iterator[None]:
+        """Inside the block, where nothing can be lost, a signal raises Interrupted wherever it arrives, if `wanted`."""
+        self._raises = wanted
+        try:
+            if wanted and self.set:
+                raise Interrupted(NOTHING_LOST)
+            yield
+        finally:
+            self._raises = False
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun would start this process again if it failed."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
 
 class RunDirectory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.final = folder / "final"
+        self.preempted = folder / "PREEMPTED"
+        """Left by an interrupted run under torchrun, whose exit code says nothing."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -92,8 +125,12 @@ class RunDirectory:
         environment = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
         packages = {name: version(name) for name in PACKAGES}
         _write(self.folder / "environment.json", json.dumps(environment | {"packages": packages}, indent=1))
+        self.preempted.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "skipped.jsonl"):
             _drop_torn_line(self.folder / name)
+
+    def checkpoint(self, stage: str, step: int) -> Path:
+        return self.checkpoints / f"{stage}-step-{step}"
 
     def newest(self, stage: str) -> Checkpoint | None:
         return checkpoint.newest(self.checkpoints, stage)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,8 @@ class RunLog:
         self._task = TaskID(0)
         self._start = start
         self._last_line = 0.0
+        self._waiting: dict[str, bytes] = {}
+        self._told_full = False
 
     def __enter__(self) -> Self:
         if self.active and self.console.is_terminal:
@@ -47,17 +51,18 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+        if error is None:
+            for file in (name for name, lines in self._waiting.items() if lines):
+                self._write(file)
 
     def step(self, record: Mapping[str, Any], holes: Sequence[Hole]) -> None:
         """One finished step: a line of metrics.jsonl, its holes, and how it looks to whoever watches."""
         if not self.active:
             return
         self.append("metrics.jsonl", record)
-        for hole in holes:
-            entry = {"stage": self.stage, "step": record["step"], "sample": hole.where, "kind": hole.kind}
-            self.append("skipped.jsonl", entry | {"reason": hole.reason})
+        self.holes(record["step"], holes)
         facts = (
-            f"loss {record['loss']:.4f}  {record['samples'] / record['seconds']:.1f} samples/s  "
+            f"loss {_shown(record['loss'])}  {record['samples'] / record['seconds']:.1f} samples/s  "
             f"{record['tokens'] / record['seconds']:.0f} tokens/s"
         )
         number, now = int(record["step"]), time.monotonic()
@@ -67,6 +72,11 @@ class RunLog:
             self._last_line = now
             left = (self.total - number) * record["seconds"]
             self.console.print(f"{self.stage} {number}/{self.total}  {facts}  {left / 60:.1f} min left")
+
+    def holes(self, step: int, holes: Sequence[Hole]) -> None:
+        for hole in holes if self.active else ():
+            entry = {"stage": self.stage, "step": step, "sample": hole.where, "kind": hole.kind}
+            self.append("skipped.jsonl", entry | {"reason": hole.reason})
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         if self.active:
@@ -79,6 +89,32 @@ class RunLog:
             self.console.print(text)
 
     def append(self, file: str, record: Mapping[str, Any]) -> None:
-        """One line, written and handed to the system at once, so that a kill loses none."""
-        with (self.run / file).open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """One line, written and handed to the system at once, so that a kill loses none.
+
+        On a full disk it waits in memory and is written with the next one.
+        """
+        self._waiting[file] = self._waiting.get(file, b"") + json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        try:
+            self._write(file)
+        except OSError as error:
+            if not self._told_full:
+                self.say(f"{self.run / file}: cannot be written ({error.strerror}); its lines wait until it can")
+            self._told_full = True
+
+    def _write(self, file: str) -> None:
+        with (self.run / file).open("ab", buffering=0) as opened:
+            before = opened.tell()
+            text = self._waiting[file]
+            try:
+                written = opened.write(text)
+            except OSError:
+                opened.truncate(before)
+                raise
+            if written != len(text):
+                opened.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting[file] = b""
+
+
+def _shown(loss: float | None) -> str:
+    return f"{loss:.4f}" if loss is not None else "not finite, no update"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,33 @@ from torch.distributed.checkpoint.state_dict import (
 
 from mmit.config import Config, ConfigError, Lora
 from mmit.model.build import Assembly, add_lora, assemble, merge_lora, restore
-from mmit.training import checkpoint
+from mmit.training import checkpoint, parallel
 from mmit.training.checkpoint import Checkpoint
 from mmit.training.data import StageData, rendering_of
 from mmit.training.run import RunDirectory
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+SPARE = 2**20
+"""Bytes that a run needs beside its tensors, at least: metrics, tokenizer."""
+
+
+@dataclass
+class Progress:
+    """What a stage remembers beside its tensors; part of every checkpoint."""
+
+    done: int = 0
+    """Steps."""
+    seen: int = 0
+    """Samples, skipped ones included."""
+    skipped: int = 0
+    """Samples that could not be read."""
+    skipped_in_a_row: int = 0
+    nonfinite_in_a_row: int = 0
+    evaluation_due: bool = False
+    """The evaluation after the last step was abandoned."""
+    best_step: int | None = None
+    best_loss: float = float("inf")
+    """Held-out loss per supervised token of all sources together."""
 
 
 def start(config: Config, number: int, run: RunDirectory, resumed: Checkpoint | None, cache: Path) -> Assembly:
@@ -57,8 +78,8 @@ def start(config: Config, number: int, run: RunDirectory, resumed: Checkpoint | 
     return assembly
 
 
-def resume(assembly: Assembly, optimizer: torch.optim.Optimizer, found: Checkpoint, data: StageData) -> int:
-    """Puts the optimizer back; returns the steps done. ConfigError names a source whose samples have changed."""
+def resume(assembly: Assembly, optimizer: torch.optim.Optimizer, found: Checkpoint, data: StageData) -> Progress:
+    """Puts the optimizer back; returns how far the stage was. ConfigError names a source whose samples have changed."""
     before = found.state["data"]
     changed = [title for title, fingerprint in data.fingerprints.items() if before.get(title) != fingerprint]
     if changed or found.state["total"] != data.total:
@@ -69,7 +90,7 @@ def resume(assembly: Assembly, optimizer: torch.optim.Optimizer, found: Checkpoi
     flat = get_optimizer_state_dict(assembly.vlm, optimizer, options=FLAT)
     checkpoint.read_shards(found, moments(flat))
     set_optimizer_state_dict(assembly.vlm, optimizer, flat, options=FLAT)
-    return found.step
+    return Progress(**found.state["progress"])
 
 
 def save(
@@ -79,48 +100,94 @@ def save(
     assembly: Assembly,
     optimizer: torch.optim.Optimizer,
     data: StageData,
-    done: int,
+    progress: Progress,
     accelerator: Accelerator,
 ) -> None:
-    """Writes the checkpoint of step `done` and removes the stage's older ones. Every rank must call it."""
+    """Writes the checkpoint of where the stage is and removes its older ones. Every rank must call it."""
     stage = config.stages[number]
+    finished = progress.done == data.total and not progress.evaluation_due
+    write(run.checkpoint(stage.name, progress.done), config, number, assembly, optimizer, data, progress, accelerator)
+    keep = 1 if finished else config.save.keep
+    settings: dict[str, Any] = {"step": progress.done, "keep": keep, "best": progress.best_step}
+    parallel.on_main(accelerator, lambda: checkpoint.prune(run.checkpoints, stage.name, **settings))
+
+
+def write(
+    folder: Path,
+    config: Config,
+    number: int,
+    assembly: Assembly,
+    optimizer: torch.optim.Optimizer,
+    data: StageData,
+    progress: Progress,
+    accelerator: Accelerator,
+    *,
+    texts: Mapping[str, str] = {},
+) -> None:
+    """Writes all that the stage needs to go on into `folder`, and `texts` by file name. Every rank must call it."""
     flat = get_optimizer_state_dict(assembly.vlm, optimizer, options=FLAT)
-    finished = done == data.total
+
+    def add_files(place: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        add_model_files(place, assembly, tensors)
+        for name, text in texts.items():
+            (place / name).write_text(text, encoding="utf-8")
+
     checkpoint.save(
-        run.checkpoints / f"{stage.name}-step-{done}",
+        folder,
         accelerator,
         tensors=kept_tensors(assembly),
         optimizer=moments(flat),
         state={
-            "stage": stage.name,
-            "step": done,
+            "stage": config.stages[number].name,
+            "step": progress.done,
             "total": data.total,
-            "finished": finished,
+            "finished": progress.done == data.total and not progress.evaluation_due,
+            "progress": asdict(progress),
             "data": data.fingerprints,
             "model": describe(config, number, assembly),
         },
-        add_files=lambda folder, tensors: add_model_files(folder, assembly, tensors),
+        add_files=add_files,
     )
-    if accelerator.is_main_process:
-        checkpoint.prune(run.checkpoints, stage.name, step=done, keep=1 if finished else config.save.keep)
+
+
+def check_space(config: Config, run: RunDirectory, assembly: Assembly, optimizer: torch.optim.Optimizer) -> None:
+    """ConfigError unless the disk has room for two checkpoints of the stage (one, if one is there already)."""
+    tensors = [*kept_tensors(assembly).values()]
+    tensors += [value for moments in optimizer.state.values() for value in moments.values() if value.ndim]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    needed = size * (1 if any(run.checkpoints.glob("*")) else 2) + SPARE
+    free = shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise ConfigError(
+            f"output: the disk of {run.folder} has {free / 1e6:,.1f} MB free, and two checkpoints need "
+            f"{needed / 1e6:,.1f} MB ({size / 1e6:,.1f} each); free some, or name an output on another disk"
+        )
 
 
 def finish(config: Config, run: RunDirectory) -> None:
-    """Makes `final/` from the last stage's finished checkpoint: all that inference and export load."""
+    """Makes `final/` from the last stage's finished checkpoint: all that inference and export load. The stage's best
+    one by held-out loss becomes `best/`, if the run keeps it."""
     last = run.newest(config.stages[-1].name)
     assert last is not None
     assert last.finished
-    temporary = run.final.with_name("final.tmp")
+    _hand_over(last, run.final)
+    best = Progress(**last.state["progress"]).best_step
+    if best is not None:
+        _hand_over(checkpoint.load(run.checkpoint(config.stages[-1].name, best)), run.final.with_name("best"))
+
+
+def _hand_over(found: Checkpoint, folder: Path) -> None:
+    temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(
-        last.folder,
+        found.folder,
         temporary,
         ignore=shutil.ignore_patterns(checkpoint.OPTIMIZER, checkpoint.MANIFEST, checkpoint.STATE),
     )
-    record = {"format": checkpoint.FORMAT, "step": last.step, **last.state["model"]}
+    record = {"format": checkpoint.FORMAT, "step": found.step, **found.state["model"]}
     (temporary / "model.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
-    shutil.rmtree(run.final, ignore_errors=True)
-    temporary.rename(run.final)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def moments(flat: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -158,7 +225,7 @@ def add_model_files(folder: Path, assembly: Assembly, tensors: Mapping[str, torc
     if assembly.adapter is not None:
         # Its own parameters may lie on several ranks. Embeddings are in model.safetensors.
         named = {name.replace("language.", "base_model.model.", 1): tensor for name, tensor in tensors.items()}
-        assembly.adapter.save_pretrained(folder / "adapter", state_dict=named, save_embedding_layers=False)
+        assembly.adapter.save_pretrained(str(folder / "adapter"), state_dict=named, save_embedding_layers=False)
 
 
 def _check_sources(origin: Checkpoint, assembly: Assembly) -> None:

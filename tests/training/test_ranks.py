@@ -156,10 +156,7 @@ def test_a_rank_without_pictures_neither_hangs_nor_changes_the_loss(how: str, tm
 
 def interrupted(wanted: Config, ranks: int, steps: int) -> None:
     """Stops the run by a signal to its last rank alone."""
-    if ranks == 1:
-        processes = [start(wanted)]
-    else:
-        processes = start_ranks(wanted, ranks)
+    processes = [start(wanted)] if ranks == 1 else start_ranks(wanted, ranks)
     wait_for_steps(wanted, processes[0], steps)
     os.kill(processes[-1], signal.SIGTERM)
     assert ended_ranks(processes) == [75] * ranks, said(wanted)

@@ -138,7 +138,9 @@ def start(wanted: Config, *, lead_group: bool = False) -> int:
     """
     output = Path(wanted.output)
     file = output.with_suffix(".yaml")
-    file.write_text(dump_config(wanted), encoding="utf-8")
+    whole = file.with_suffix(".part")
+    whole.write_text(dump_config(wanted), encoding="utf-8")
+    whole.rename(file)  # another rank may be reading it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
         process = os.fork()
