@@ -157,6 +157,37 @@ def merge(
 
 
 @app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of webdataset tars.")],
+    prompt: Annotated[str, typer.Option(help="What is asked about a picture with a caption only.")] = (
+        "Describe the image."
+    ),
+    source: Annotated[str | None, typer.Option(help="Name of the data in samples and metrics.")] = None,
+    strip: Annotated[bool, typer.Option(help="Strip whitespace at the edges of messages.")] = True,
+    decode: Annotated[bool, typer.Option(help="Decode every picture once, as the trainer will.")] = True,
+    on_bad: Annotated[str, typer.Option(help="Bad samples: error (after indexing the others) or drop.")] = "error",
+    processes: Annotated[int | None, typer.Option(help="Worker processes; default: all CPUs.")] = None,
+) -> None:
+    """Index other people's webdataset tars where they lie, so that a config can name the folder as shards."""
+    from data_tools.index import index as index_tars
+
+    def progress(done: int, total: int) -> None:
+        print(f"\r{done} of {total} tars", end="", file=sys.stderr, flush=True)
+
+    shards = index_tars(
+        folder,
+        prompt=prompt,
+        strip=strip,
+        decode=decode,
+        source=source,
+        on_bad=on_bad,
+        processes=processes or os.cpu_count() or 1,
+        progress=progress if sys.stderr.isatty() else None,
+    )
+    print(f"{folder}: {len(shards)} samples in {len(shards.shard_names)} tars; look at them: mmit-data show {folder}")
+
+
+@app.command()
 def verify(
     shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
     most: Annotated[int, typer.Option(help="How many faults to list.")] = 100,

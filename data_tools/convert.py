@@ -253,7 +253,7 @@ def _outcomes(
         if processes > 1 and len(head) > 1:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data_tools.convert"])
-            pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_with, initargs=(os.getpid(),))
+            pool = ProcessPoolExecutor(processes, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
         for number, batch in _chain(head, queue):
             done = _recorded(out, number)
             if done is not None:
@@ -271,7 +271,7 @@ def _outcomes(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_with(conversion: int) -> None:
+def leave_with(conversion: int) -> None:
     """Ends this worker when the process that converts is gone: a killed conversion leaves nothing running."""
 
     def watch() -> None:

@@ -15,7 +15,7 @@ from data_tools.convert import CONVERSION, REJECTED, conversion
 from mmit.config import ConfigError
 from mmit.data.provenance import licenses
 from mmit.data.sample import SampleError
-from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard
+from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard, read_index
 from mmit.data.shard_writer import shard_name, write_index
 from mmit.data.shards import ShardSet
 
@@ -71,6 +71,11 @@ class _Opened:
         self.names = [] if not (folder / INDEX).exists() else json.loads((folder / INDEX).read_text())["shards"]
         if not (folder / INDEX).exists():
             raise SampleError(f"{folder}: has no {INDEX}; it is no finished shard set, convert it first")
+        if read_index(folder).in_place:
+            raise ConfigError(
+                f"{folder}: its tars are somebody else's, indexed where they lie; convert them first: "
+                f"mmit-data convert webdataset {folder} --out shards/"
+            )
         if self.names:
             ShardSet(folder)  # checks sizes and versions
         self.summary = conversion(folder)
