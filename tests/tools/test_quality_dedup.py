@@ -268,3 +268,21 @@ def test_options_that_cannot_be_are_refused(command: Command, tmp_path: Path) ->
         assert (code, words in error) == (2, True), error
     with pytest.raises(ConfigError, match="no such folder"):
         dedup(tmp_path / "gone", tmp_path / "x")
+
+
+@pytest.mark.shared
+def test_real_photos_are_found_again_and_kept_apart(tmp_path: Path, shared: Path) -> None:
+    pytest.importorskip("imagehash")
+    paths = sorted(path for path in shared.rglob("*.jpg"))
+    photos = [Image.open(path).convert("RGB") for path in paths]
+    rows = [("What?", "So.", [encoded(image, "JPEG", quality=90)]) for image in photos]
+    rows += [("What?", "So.", [encoded(image, "JPEG", quality=40)]) for image in photos]
+    rows += [
+        ("What?", "So.", [encoded(image.resize((image.width * 3 // 5, image.height * 3 // 5)))]) for image in photos
+    ]
+    chats(tmp_path / "in", rows)
+    derived = dedup(tmp_path / "in", tmp_path / "out", alike=4)
+    assert len(paths) >= 6
+    assert numbers(derived.shards) == list(range(len(paths)))
+    named = [int(line["of"][1:]) for line in removed(tmp_path / "out")]
+    assert named == 2 * list(range(len(paths)))
