@@ -82,8 +82,8 @@ FORMATS: dict[str, Format] = {
     "hub": Format("a data set of the Hugging Face hub by name; --set revision=, split=", "hub", from_nothing=True),
     "mmc4": Format("MMC4: text_list, image_info[image_name, matched_text_index]", "interleaved"),
     "obelics": Format("OBELICS: images and texts by turns; --set files=JSON names the pictures", "interleaved"),
-    "video": Format("messages or turns with <video>: frames with their times (pip install av)", "video"),
-    "dicom": Format("DICOM files named in a table, or x.dcm with x.txt (pip install pydicom)", "dicom"),
+    "video": Format("messages or turns with <video>: frames with their times (pip install 'mmit[video]')", "video"),
+    "dicom": Format("DICOM files named in a table, or x.dcm with x.txt (pip install 'mmit[dicom]')", "dicom"),
     "easy-vqa": Format(
         "the folder of the easy-VQA package: questions.json, answers.txt, images/", "easy_vqa", beside=True
     ),

@@ -31,7 +31,7 @@ def samples(
     try:
         import pydicom  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError("format dicom needs pydicom: pip install pydicom") from None
+        raise ConfigError("format dicom needs pydicom: pip install 'mmit[dicom]'") from None
     root = (images or (path if path.is_dir() else path.parent)).resolve()
 
     def rows() -> Iterator[Row | Rejected]:

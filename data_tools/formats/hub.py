@@ -32,7 +32,7 @@ def samples(
     try:
         import datasets
     except ImportError:
-        raise ConfigError("format hub needs the datasets library: pip install datasets") from None
+        raise ConfigError("format hub needs the datasets library: pip install 'mmit[hub]'") from None
     try:
         data: Any = datasets.load_dataset(str(path), config, split=split, revision=revision)
     except (OSError, ValueError) as error:

@@ -98,7 +98,7 @@ def _decoded(file: Path, most: int, fps: float | None, where: str) -> list[tuple
     try:
         import av  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError("format video needs PyAV to open video files: pip install av") from None
+        raise ConfigError("format video needs PyAV to open video files: pip install 'mmit[video]'") from None
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -262,6 +261,7 @@ def test_webdataset_reads_the_same_samples_and_bytes(written: ShardSet) -> None:
 
 
 def test_datasets_reads_the_same_samples_and_bytes(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra mmit[hub]")
     # One kind of sample: `datasets` wants the same members in all samples.
     samples = [sample(n, PICTURES[0], PICTURES[1], group="x") for n in range(7)]
     ours = write_shards(samples, tmp_path / "set", samples_per_shard=3)
