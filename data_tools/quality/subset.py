@@ -15,17 +15,18 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.plan import plain_name
 from mmit.config import ConfigError
 from mmit.data.provenance import CONVERSION, PROVENANCE, beside, licenses
 from mmit.data.sample import Sample, SampleError
 from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, WrittenShard
-from mmit.data.shard_writer import TEMPORARY, shard_name, write_index, write_shard
+from mmit.data.shard_writer import KEY, TEMPORARY, shard_name, write_index, write_shard
 from mmit.data.shards import ShardSet
 
 FORMAT = 1
@@ -208,11 +209,18 @@ def _copied(shards: ShardSet, number: int, leave: np.ndarray, out: Path, progres
         return None
     record = out / WORK / f"{number:06d}.json"
     if _shard(record) is None:
-        shard = write_shard(out / shard_name(number), (shards.read(i) for i in kept))
+        shard = write_shard(out / shard_name(number), (_named(shards.read(i), i) for i in kept))
         rows = [asdict(row) | {"sha256": [value.hex() for value in row.sha256]} for row in shard.rows]
         _write(record, {"entry": asdict(shard.entry), "rows": rows})
     progress("write", start + shards.shard_sizes[number], len(shards))
     return record
+
+
+def _named(sample: Sample, number: int) -> Sample:
+    """The sample under a key that a tar of ours can hold; tars indexed where they lie may have others."""
+    if KEY.fullmatch(sample.key):
+        return sample
+    return replace(sample, key=f"{plain_name(sample.source) or 'sample'}-{number:09d}")
 
 
 def _shard(record: Path) -> WrittenShard | None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import fcntl
+import io
 import json
 import multiprocessing
 import os
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
 
-import data_tools.quality.subset as subset
 from data_tools.convert import Settings, convert
+from data_tools.index import index
 from data_tools.merge import merge
+from data_tools.quality import subset
 from data_tools.quality.filter import Rules, filter_set, refusal
 from mmit.config import ConfigError
 from mmit.data.provenance import licenses
@@ -170,6 +174,45 @@ def test_no_other_folder_is_ever_written_into(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             filter_set(tmp_path / "in", tmp_path / name, rules)
         assert files(tmp_path / name) == before
+
+
+def test_a_run_killed_at_its_very_end_is_tidied_up_by_the_next(tmp_path: Path) -> None:
+    chats(tmp_path / "in", ROWS)
+    filter_set(tmp_path / "in", tmp_path / "out", Rules(least_answer=10))
+    whole = files(tmp_path / "out")
+    (tmp_path / "out" / "UNFINISHED").touch()
+    (tmp_path / "out" / ".unfinished").mkdir()
+    filter_set(tmp_path / "in", tmp_path / "out", Rules(least_answer=10))
+    assert files(tmp_path / "out") == whole
+
+
+def test_two_do_not_write_one_set(tmp_path: Path) -> None:
+    chats(tmp_path / "in", ROWS)
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "UNFINISHED").open("w") as note:
+        fcntl.flock(note, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            filter_set(tmp_path / "in", tmp_path / "out", Rules(least_answer=10))
+    assert len(filter_set(tmp_path / "in", tmp_path / "out", Rules(least_answer=10)).shards) == 20
+
+
+def test_tars_indexed_where_they_lie_come_out_under_keys_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "x.tar", "w") as tar:
+        for number in range(4):
+            for name, data in (
+                (f"a b {number}.png", picture_bytes(number)),
+                (f"a b {number}.txt", b"c" * number + b"."),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    index(tmp_path / "tars")
+    derived = filter_set(tmp_path / "tars", tmp_path / "out", Rules(least_answer=2))
+    assert derived.shards.keys() == [f"tars-00000000{number}" for number in (1, 2, 3)]
+    assert [sample.images[0].data for sample in read_all(derived.shards)] == [picture_bytes(n) for n in (1, 2, 3)]
+    assert removed(tmp_path / "out")[0]["key"] == "a b 0", "the name it has in the tar that was read"
+    assert list(verify(tmp_path / "out")) == []
 
 
 def test_a_shard_of_which_nothing_is_left_is_not_written(tmp_path: Path) -> None:
