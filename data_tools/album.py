@@ -55,6 +55,7 @@ class Album:
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}: no such folder; --images names the folder below which the pictures lie")
         self.root = root.resolve() if root is not None else None
+        _real_folder.cache_clear()  # what an earlier input saw may have become a link since
         self.prefix = prefix
 
     def picture(self, name: Any, where: str, *, window: tuple[float, float] | None = None) -> Unread:
@@ -263,9 +264,9 @@ JPEG_NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
 def _markers(data: bytes, start: int) -> Iterator[int]:
     """Where markers stand from `start` on, but for restarts (D0 to D7) and stuffed or filling FF."""
     values = np.frombuffer(data, dtype=np.uint8)
-    places = np.flatnonzero(values[start:-1] == 0xFF) + start
+    places = np.flatnonzero((values[start:-1] == 0xFF) & (values[start + 1 :] != 0)) + start
     kinds = values[places + 1]
-    return iter(places[(kinds != 0) & (kinds != 0xFF) & ((kinds < 0xD0) | (kinds > 0xD7))].tolist())
+    return iter(places[(kinds != 0xFF) & ((kinds < 0xD0) | (kinds > 0xD7))].tolist())
 
 
 def _clean_png(data: bytes) -> bytes:
