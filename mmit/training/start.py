@@ -45,7 +45,11 @@ def initialise_projector(config: Config, assembly: Assembly, steps: Steps) -> No
 def table_of_parts(config: Config, stage: Stage, assembly: Assembly, data: StageData) -> Table:
     """Every part: its parameters, how many of them train, at which rate and in which precision."""
     table = Table(title=f"stage {stage.name}: {data.total} steps of {stage.batch_size} samples", title_justify="left")
-    table.caption, table.caption_justify = "will be loaded by: " + "; ".join(targets(assembly)), "left"
+    lines = ["will be loaded by: " + "; ".join(targets(assembly))]
+    unused = assembly.vlm.vision.unused_parameters() if stage.train.vision and assembly.vlm.vision else []
+    if unused:
+        lines.append(f"vision, frozen because no token depends on them: {', '.join(unused)}")
+    table.caption, table.caption_justify = "\n".join(lines), "left"
     for column in ("part", "what", "parameters", "trained", "peak rate", "precision"):
         table.add_column(column, justify="right" if column in ("parameters", "trained", "peak rate") else "left")
     chosen: dict[str, Any] = dict(stage.train)

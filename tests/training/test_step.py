@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import math
 import weakref
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from safetensors.torch import load_file
 
 from mmit.api import train
@@ -23,6 +25,7 @@ from mmit.training import loop
 from mmit.training.data import StageData
 from mmit.training.loop import _finite_norm, _forward_backward
 from mmit.training.optim import build_optimizer, set_rates
+from mmit.training.start import table_of_parts
 from tests.training.tiny import (
     CLIP,
     LANGUAGE,
@@ -321,3 +324,15 @@ def test_training_learns(tmp_path: Path, data: Path) -> None:
     train(wanted)
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+
+
+def test_the_table_lists_what_cannot_train(tmp_path: Path, data: Path) -> None:
+    wanted = config(tmp_path / "run", stage("s", data, {"vision": {"lr": 1e-3}, "language": {"lr": 1e-3}}, steps=1))
+    assembly = assemble(wanted.model, seed=0)
+    assert assembly.vlm.vision is not None
+    console = Console(width=400, file=io.StringIO(), record=True)
+    console.print(table_of_parts(wanted, wanted.stages[0], assembly, opened(wanted, assembly)))
+    told = console.export_text()
+    unused = assembly.vlm.vision.unused_parameters()
+    assert unused
+    assert all(name in told for name in unused)
