@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_tools.index import index
+from tests.data.pictures import picture
 from tests.training.tiny import config, ended, metrics, run, said, shards, stage, start, written
 
 pytest.importorskip("aiohttp", reason="http needs the extra mmit[remote]")
@@ -37,6 +41,23 @@ def test_a_run_over_the_network_gives_the_losses_of_the_run_beside_the_data(
     assert metrics(run(config(tmp_path / "far", far, **bounds))) == metrics(beside)
     kept = list((tmp_path / "other" / "remote" / "tars").glob("*.tar"))
     assert 0 < sum(path.stat().st_size for path in kept) <= 2 * largest
+
+
+def test_tars_of_others_train_in_place_beside_us_and_over_the_network(served: str, data: Path, tmp_path: Path) -> None:
+    folder = data.parent / "tars"
+    folder.mkdir()
+    for number in range(3):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for key in range(number * 5, number * 5 + 5):
+                for name, content in ((f"{key}.PNG", picture(9, 7, seed=key).data), (f"{key}.txt", b"it is %d" % key)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content or b"")
+                    tar.addfile(member, io.BytesIO(content or b""))
+    index(folder)
+    beside = run(config(tmp_path / "beside", stage("sft", folder, TRAIN)))
+    assert len(metrics(beside)) == 3
+    far = stage("sft", folder, TRAIN) | {"data": [{"shards": f"{served}/tars"}]}
+    assert metrics(run(config(tmp_path / "far", far, cache=str(tmp_path / "other")))) == metrics(beside)
 
 
 def test_a_shard_that_went_away_stops_the_run_though_bad_samples_are_skipped(tmp_path: Path) -> None:
