@@ -1,7 +1,7 @@
 """Texts that are nearly the same, among millions, in memory that does not grow with their lengths.
 
 MinHash (Broder 1997) through rensa: similar texts probably agree in a band of their signatures. The bands lie in a file
-and are compared one at a time; of each text only some 30 bytes stay in memory. Whoever agrees in a band is read again
+and are compared one at a time; of each text some 50 bytes are in memory meanwhile. Whoever agrees in a band is read again
 and compared in truth, so nothing is called a duplicate by chance.
 """
 

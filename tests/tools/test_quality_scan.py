@@ -34,6 +34,7 @@ HARMLESS = [
     "Version 192.168.100.200 of 2024-05-17 12:30:00",
     "at@ nothing, @name, a@b",
     "sk-learn and hf_hub are libraries; ask-me-anything-about-this-and-that",
+    "(sk-learn-compatible-estimators-and-pipelines)",
     "ISBN 978-3-16-148410-0",
     "The answer is 1,234,567,890,123,456.",
     "0000 0000 0000 0000",
