@@ -1,8 +1,8 @@
 """Texts that are nearly the same, among millions, in memory that does not grow with their lengths.
 
 MinHash (Broder 1997) through rensa: similar texts probably agree in a band of their signatures. The bands lie in a file
-and are compared one at a time; of each text some 50 bytes are in memory meanwhile. Whoever agrees in a band is read again
-and compared in truth, so nothing is called a duplicate by chance.
+and are compared one at a time, with some 50 bytes of memory for each text. Whoever agrees in a band is read again and
+compared in truth, so nothing is called a duplicate by chance.
 """
 
 from __future__ import annotations
