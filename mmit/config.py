@@ -323,6 +323,8 @@ class Config(Section):
     stages: Annotated[list[Stage], Field(min_length=1)]
     eval: Evaluation | None = None
     save: Save = Save()
+    trackers: list[str] = []
+    """Where the numbers of metrics.jsonl also go: tensorboard, wandb, trackio, mlflow, or `package.module:Name`."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Compute precision; auto: bf16 on a GPU that has it, else fp32. Trained parameters are fp32 in any case (fp64 for
     tests of exactness)."""

@@ -168,7 +168,14 @@ def _prepare(
         assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device, through=model) else None
     parallel.reshard(model)
     parallel.on_main(accelerator, lambda: state.check_space(config, run, assembly, optimizer))
-    log = RunLog(run.folder, stage.name, total=data.total, start=progress.done, active=accelerator.is_main_process)
+    log = RunLog(
+        run.folder,
+        stage.name,
+        total=data.total,
+        start=progress.done,
+        active=accelerator.is_main_process,
+        trackers=config.trackers,
+    )
     held.enter_context(log)
     log.say(table)
     for line in too_long(data.training, data.titles) if progress.done == 0 else ():

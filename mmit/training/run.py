@@ -22,7 +22,19 @@ from mmit.config import ConfigError
 from mmit.training import checkpoint
 from mmit.training.checkpoint import Checkpoint
 
-FREE_TO_CHANGE = {"output", "workers", "threads", "cache", "device", "save", "eval", "stages", "parallel", "offload"}
+FREE_TO_CHANGE = {
+    "output",
+    "workers",
+    "threads",
+    "cache",
+    "device",
+    "save",
+    "eval",
+    "stages",
+    "parallel",
+    "offload",
+    "trackers",
+}
 FREE_TO_CHANGE |= {"remote_cache_gb"}
 FREE_IN_STAGE = {
     *("row_tokens", "row_images", "gradient_checkpointing"),

@@ -17,12 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mmit.data.loader import Hole
+from mmit.training.trackers import Trackers
 
 
 class RunLog:
     """The log of one stage; only rank 0 writes."""
 
-    def __init__(self, run: Path, stage: str, *, total: int, start: int, active: bool) -> None:
+    def __init__(
+        self, run: Path, stage: str, *, total: int, start: int, active: bool, trackers: Sequence[str] = ()
+    ) -> None:
         self.run, self.stage, self.total, self.active = run, stage, total, active
         self.console = Console(quiet=not active, highlight=False, soft_wrap=not sys.stdout.isatty())
         self._progress: Progress | None = None
@@ -31,6 +34,7 @@ class RunLog:
         self._last_line = 0.0
         self._waiting: dict[str, bytes] = {}
         self._told_full = False
+        self._trackers = Trackers(trackers if active else (), run, self.say)
 
     def __enter__(self) -> Self:
         if self.active and self.console.is_terminal:
@@ -51,6 +55,7 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+        self._trackers.finish()
         if error is None:
             for file in (name for name, lines in self._waiting.items() if lines):
                 self._write(file)
@@ -60,6 +65,7 @@ class RunLog:
         if not self.active:
             return
         self.append("metrics.jsonl", record)
+        self._trackers.log(record, record["step"])
         self.holes(record["step"], holes)
         facts = (
             f"loss {_shown(record['loss'])}  {record['samples'] / record['seconds']:.1f} samples/s  "
@@ -81,6 +87,7 @@ class RunLog:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         if self.active:
             self.append("metrics.jsonl", record)
+            self._trackers.log(record, record["step"])
             losses = "  ".join(f"{name} {loss:.4f}" for name, loss in record["held_out"].items())
             self.say(f"{self.stage} step {record['step']}: held-out loss {losses}")
 
