@@ -137,7 +137,7 @@ def _killed_after(folder: Path, shards: int) -> None:
     filter_set(folder / "in", folder / "out", Rules(least_answer=4))
 
 
-@pytest.mark.parametrize("shards", [0, 1, 4])
+@pytest.mark.parametrize("shards", [0, 3])
 def test_a_killed_run_is_finished_by_the_same_command_to_the_same_bytes(tmp_path: Path, shards: int) -> None:
     chats(tmp_path / "in", ROWS)
     filter_set(tmp_path / "in", tmp_path / "whole", Rules(least_answer=4))
