@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mmit.config import Config, dump_config
+from mmit.data.shards import write_shards
 from mmit.model.vlm import VLM
 from mmit.training import parallel
 from tests.training.ranks import assert_same_losses, ended_ranks, free_port, run_ranks, start_ranks
@@ -199,6 +200,37 @@ def test_when_a_rank_is_killed_the_other_ends_and_the_run_goes_on(tmp_path: Path
     assert codes[0] != 0
     run_ranks(again, 2)
     assert_same_losses(run_ranks(wanted("straight"), 2), tmp_path / "again", relative=0)
+
+
+def test_killed_with_two_ranks_of_three_workers_it_goes_on_with_one_of_none(
+    by_one: dict[str, Path], tmp_path: Path, data: Path
+) -> None:
+    wanted = two_stages(tmp_path / "run", data, "all", save=OFTEN)
+    processes = start_ranks(wanted, 2, workers={0: 3, 1: 3})
+    wait_for_steps(wanted, processes[0], 5)
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    assert ended_ranks(processes) == [-signal.SIGKILL] * 2
+    run(wanted)
+    assert_same_losses(by_one["all"], tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(23,), (5, 50, 500)])
+def test_shards_fewer_than_workers_and_of_unequal_sizes_make_the_same_steps(
+    sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    folders = []
+    for count in sizes:
+        samples = [written(number) for number in range(count)]
+        folders.append(write_shards(samples, tmp_path / f"data{count}", samples_per_shard=1000).folder)
+
+    def wanted(name: str) -> Config:
+        only = stage("s", folders, {"language": {"lr": 1e-3}}, batch_size=16, steps=12)
+        return config(tmp_path / name, only, vision=None, precision="fp64")
+
+    one = run(wanted("one"))
+    assert_same_losses(one, run_ranks(wanted("two"), 2, workers={0: 4, 1: 4}))
 
 
 # Launchers --------------------------------------------------------------------------------------
