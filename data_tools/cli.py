@@ -92,7 +92,7 @@ def convert(
 
 @app.command()
 def show(
-    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    shards: Annotated[str, typer.Argument(help="Folder of shards, or its address (s3://, https://, ...).")],
     index: Annotated[int, typer.Option(help="Which sample, counted from 0.")] = 0,
     count: Annotated[int, typer.Option(help="How many samples from there.")] = 1,
     run: Annotated[Path | None, typer.Option(help="Config or run folder: its tokenizer and chat format.")] = None,
@@ -242,7 +242,7 @@ def stats(
 
 @app.command()
 def grid(
-    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    shards: Annotated[str, typer.Argument(help="Folder of shards, or its address (s3://, https://, ...).")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("grid.png"),
     count: Annotated[int, typer.Option(help="How many samples.")] = 24,
     columns: Annotated[int, typer.Option(help="How many side by side.")] = 6,

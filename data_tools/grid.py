@@ -13,7 +13,7 @@ from mmit.data.sample import Sample
 from mmit.data.shards import ShardSet
 
 
-def grid(shards: Path, out: Path, *, count: int = 24, columns: int = 6, seed: int = 0) -> int:
+def grid(shards: Path | str, out: Path, *, count: int = 24, columns: int = 6, seed: int = 0) -> int:
     """Writes the page and says how many samples are on it; they are drawn by the seed from those with pictures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

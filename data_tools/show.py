@@ -32,7 +32,7 @@ LOOK_BACK = 6
 
 
 def show(
-    shards: Path,
+    shards: Path | str,
     *,
     index: int = 0,
     count: int = 1,
@@ -69,7 +69,7 @@ def show(
 
 
 def page(
-    shards: Path,
+    shards: Path | str,
     out: Path,
     *,
     index: int = 0,
@@ -101,7 +101,7 @@ def page(
         shown = console.export_html(inline_styles=True, code_format="{code}", clear=True)
         pictures = "".join(_inline(picture) for picture in samples.read(number).images)
         blocks.append(f"<section>{pictures}<pre>{shown}</pre></section>")
-    out.write_text(PAGE.format(title=html.escape(shards.name), body="".join(blocks)), encoding="utf-8")
+    out.write_text(PAGE.format(title=html.escape(samples.name), body="".join(blocks)), encoding="utf-8")
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" \

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_tools.cli import main
 from data_tools.convert import Settings, convert
 from data_tools.grid import grid
 from data_tools.mix import mix, table
+from data_tools.show import page
 from data_tools.stats import measure, packed_rows, report, summary
 from mmit.config import ConfigError
 from tests.tools.test_convert import rows_with
@@ -55,6 +57,25 @@ def test_a_page_of_pictures_is_the_same_each_time(shards: Path, tmp_path: Path) 
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500, "the pictures are on it"
+
+
+def test_a_set_that_lies_elsewhere_looks_the_same(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MMIT_CACHE", str(tmp_path / "cache"))
+    told = []
+    for place in (str(shards), shards.as_uri()):
+        monkeypatch.setattr("sys.argv", ["mmit-data", "show", place, "--index", "3", "--count", "2"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != ""
+    for name, place in (("here", shards), ("there", shards.as_uri())):
+        grid(place, tmp_path / f"{name}.png", count=6)
+        page(place, tmp_path / f"{name}.html", count=3)
+    assert (tmp_path / "here.png").read_bytes() == (tmp_path / "there.png").read_bytes()
+    assert (tmp_path / "here.html").read_bytes() == (tmp_path / "there.html").read_bytes()
 
 
 def test_a_set_without_pictures_has_no_page(tmp_path: Path) -> None:
