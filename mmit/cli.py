@@ -34,8 +34,13 @@ def train(
     check_memory: Annotated[bool, typer.Option("--check-memory", help="Compute the longest step first.")] = False,
 ) -> None:
     """Run a recipe, or go on with it: the same command resumes after any interruption."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _leave)  # until the run listens itself there is nothing to save
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        for number in numbers:
+            signal.signal(number, _leave)  # until the run listens itself there is nothing to save
+    else:
+        # Other ranks would wait for one that left; the run takes up what arrives now once it listens.
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     from mmit import api
 
     final = api.train(config, tuple(overrides or ()), check_memory=check_memory)

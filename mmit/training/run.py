@@ -75,6 +75,7 @@ class StopFlag:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         try:
             before = {number: signal.signal(number, self._handle) for number in numbers}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # which `mmit train` blocks where there are ranks
         except ValueError:
             before = {}
         try:

@@ -218,6 +218,23 @@ def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_no_step(
     assert_same_losses(run_ranks(wanted("straight"), 2), tmp_path / "again", relative=0)
 
 
+def test_a_signal_to_one_of_two_ranks_before_they_have_met_ends_both(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(tmp_path / "run", stage("s", texts, LANGUAGE), vision=None)
+
+    def early(*arguments: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return checked(*arguments)
+
+    from mmit import api
+
+    checked = api.check_formats
+    monkeypatch.setattr(api, "check_formats", early)
+    assert ended_ranks(start_ranks(wanted, 2), seconds=60) == [75, 75], said(wanted)
+
+
 def test_under_torchrun_an_interrupted_run_leaves_a_note_and_ends_well(tmp_path: Path, texts: Path) -> None:
     wanted = config(tmp_path / "run", stage("s", texts, LANGUAGE, steps=3000), vision=None)
     processes = start_ranks(wanted, 2, TORCHELASTIC_RUN_ID="none")

@@ -54,8 +54,10 @@ def test_sigterm_to_one_of_two_ranks_at_forty_moments_loses_no_step(tmp_path: Pa
     for number in range(40):
         wanted = _two_ranks(tmp_path / f"stopped{number}", data)
         processes = start_ranks(wanted, 2)
-        time.sleep(0.05 + longest * number / 40)
-        os.kill(processes[rng.randrange(2)], signal.SIGTERM)
+        moment, rank = 0.1 + longest * number / 40, rng.randrange(2)
+        print(f"{number}: rank {rank} after {moment:.2f} s", flush=True)
+        time.sleep(moment)
+        os.kill(processes[rank], signal.SIGTERM)
         codes = ended_ranks(processes)
         assert codes in ([75, 75], [0, 0]), said(wanted)
         stopped += codes == [75, 75]
