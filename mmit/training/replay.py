@@ -18,8 +18,9 @@ from mmit.model.build import set_modes, set_trained
 from mmit.training import checkpoint, parallel, state
 from mmit.training.data import open_stage
 from mmit.training.faults import FAULT
-from mmit.training.loop import dropout_seed, dtypes
+from mmit.training.loop import dropout_seed
 from mmit.training.run import RunDirectory
+from mmit.training.stage import dtypes
 
 
 def replay(config: Config, folder: Path) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -15,8 +16,11 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
-from mmit.data.loader import Hole
+from mmit.config import Stage
+from mmit.data.loader import Hole, Step
+from mmit.training.data import StageData
 from mmit.training.trackers import Trackers
 
 
@@ -125,3 +129,33 @@ class RunLog:
 
 def _shown(loss: float | None) -> str:
     return f"{loss:.4f}" if loss is not None else "not finite, no update"
+
+
+def record_of(
+    stage: Stage, step: Step, sums: Tensor, data: StageData, holes: Sequence[Hole] | None = None
+) -> dict[str, Any]:
+    """The line of the step in metrics.jsonl; `holes` are those of all ranks."""
+    totals = sums.tolist()
+    count = sum(tokens for _, tokens in totals)
+    losses = {title: loss / tokens for title, (loss, tokens) in zip(data.titles, totals, strict=True) if tokens}
+    holes = step.holes if holes is None else holes
+    elsewhere = [hole for hole in holes if hole.here and hole not in step.holes]
+    return {
+        "stage": stage.name,
+        "step": step.number + 1,
+        "loss": _or_none(sum(loss for loss, _ in totals) / max(count, 1)),
+        "losses": {title: _or_none(loss) for title, loss in losses.items()},
+        "samples": step.samples - len(elsewhere),
+        "tokens": step.tokens - sum(hole.tokens for hole in elsewhere),
+        "supervised": int(count),
+        "pictures": step.pictures - sum(hole.pictures for hole in elsewhere),
+        "rows": len(step.rows),
+        "cut": step.cut - sum(hole.was_cut for hole in elsewhere),
+        "skipped": len(holes),
+        "unlabelled": step.unlabelled - sum(hole.unlabelled for hole in elsewhere),
+    }
+
+
+def _or_none(loss: float) -> float | None:
+    """JSON knows no NaN."""
+    return loss if math.isfinite(loss) else None

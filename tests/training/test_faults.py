@@ -25,7 +25,8 @@ from mmit.data.images import decode
 from mmit.data.packing import Row
 from mmit.data.sample import Sample, SampleError
 from mmit.model.vlm import VLM
-from mmit.training import checkpoint, loop, state
+from mmit.training import checkpoint, due, loop, state
+from mmit.training.stage import RunningStage
 from tests.data.pictures import picture
 from tests.training.ranks import assert_same_losses, ended_ranks, run_ranks, start_ranks
 from tests.training.test_resume import OFTEN, assert_same_run, wait_for_steps
@@ -176,14 +177,14 @@ def test_an_evaluation_that_is_interrupted_is_made_after_the_resume_exactly(
     straight, again = run(wanted("straight")), wanted("again")
     for steps in (2, 4):  # within the stage, and in the evaluation that ends it
         with monkeypatch.context() as patched:
-            evaluate = loop._evaluate
+            evaluate = due._evaluate
 
-            def stopped(at: loop._Stage, evaluate: Any = evaluate, steps: int = steps) -> Any:
+            def stopped(at: RunningStage, evaluate: Any = evaluate, steps: int = steps) -> Any:
                 if at.progress.done == steps:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return evaluate(at)
 
-            patched.setattr(loop, "_evaluate", stopped)
+            patched.setattr(due, "_evaluate", stopped)
             assert ended(start(again)) == 75, said(again)
         assert f"stopped after step {steps}" in said(again)
     assert ended(start(again)) == 0, said(again)

@@ -21,10 +21,11 @@ from mmit.config import Config, ConfigError
 from mmit.data.loader import Step
 from mmit.model import build
 from mmit.model.build import Assembly, assemble
-from mmit.training import loop
+from mmit.training.checks import finite_norm
 from mmit.training.data import StageData
-from mmit.training.loop import _finite_norm, _forward_backward
+from mmit.training.loop import _forward_backward
 from mmit.training.optim import build_optimizer, set_rates
+from mmit.training.runlog import record_of
 from mmit.training.start import table_of_parts
 from tests.training.tiny import (
     CLIP,
@@ -75,7 +76,7 @@ def trained_for_two_steps(
         losses.append(_forward_backward(wanted, assembly.vlm, whole, whole.supervised, accelerator, 1))
         named = {name: p for name, p in assembly.vlm.named_parameters() if p.requires_grad}
         gradients.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named.items()})
-        _finite_norm(optimizer, losses[-1], whole, wanted.stages[0])
+        finite_norm(optimizer, losses[-1], whole, wanted.stages[0])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return losses, gradients, {name: p.detach().clone() for name, p in assembly.vlm.named_parameters()}
@@ -134,7 +135,7 @@ def test_the_loss_is_the_sum_of_token_losses_over_the_supervised_tokens(tmp_path
     with torch.no_grad():
         tokens = torch.cat([assembly.vlm(row) for row in step.rows])
     sums = _forward_backward(wanted, assembly.vlm, step, step.supervised, Accelerator(cpu=True), 1)
-    record = loop._record(wanted.stages[0], step, sums, found)
+    record = record_of(wanted.stages[0], step, sums, found)
     assert record["supervised"] == len(tokens) > 0
     assert record["loss"] == pytest.approx(tokens.mean().item(), rel=1e-12)
     assert record["unlabelled"] > 0
@@ -284,7 +285,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
         assembly.vlm.language.lm_head.weight[5, 5] = math.nan
     sums = _forward_backward(wanted, assembly.vlm, step, step.supervised, Accelerator(cpu=True), 1)
     with pytest.raises(FloatingPointError, match=step.rows[0].samples[0]):
-        _finite_norm(optimizer, sums, step, wanted.stages[0])
+        finite_norm(optimizer, sums, step, wanted.stages[0])
 
 
 # Stages and runs ----------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""What is due after a step: an evaluation, a checkpoint, or the end because a signal asked for it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from mmit.config import Config, ConfigError
+from mmit.data.loader import load
+from mmit.data.packing import Row
+from mmit.training import parallel, state
+from mmit.training.data import StageData
+from mmit.training.run import Interrupted
+from mmit.training.stage import RunningStage
+
+
+def evaluation_is_due(config: Config, data: StageData, done: int) -> bool:
+    return (
+        data.held_out is not None and config.eval is not None and (done == data.total or done % config.eval.every == 0)
+    )
+
+
+def do_what_is_due(at: RunningStage) -> None:
+    """What is due after a step: an evaluation, a checkpoint. Interrupted once a rank was asked to stop."""
+    progress, settings = at.progress, at.settings
+    best = False
+    if progress.evaluation_due:
+        record = _evaluate(at)
+        if record is None:
+            save_and_stop(at)
+        at.log.evaluation(record)
+        progress.evaluation_due = False
+        assert at.config.eval is not None
+        if at.config.eval.keep_best and record["loss"] < progress.best_loss:
+            progress.best_step, progress.best_loss, best = progress.done, record["loss"], True
+    last = progress.done == at.data.total
+    if not last and at.stopping():
+        save_and_stop(at)
+    if not (last or best or progress.done % at.config.save.every == 0):
+        return
+    try:
+        _save(at)
+    except OSError as error:
+        if last:
+            raise ConfigError(
+                f"{at.run.folder}: the last checkpoint of stage {settings.name} could not be written ({error}); free "
+                f"some space, and the same command goes on from the one before"
+            ) from error
+        at.log.say(
+            f"{settings.name} step {progress.done}: not saved ({error}); the checkpoint before stays, training goes on"
+        )
+
+
+def save_and_stop(at: RunningStage) -> NoReturn:
+    """Saves where the stage stands, unless it stands there already."""
+    name, done = at.settings.name, at.progress.done
+    at.optimizer.zero_grad(set_to_none=True)
+    told = f"stopped after step {done} of stage {name}"
+    if done == 0:
+        raise Interrupted(f"{told}; the same command starts anew")
+    try:
+        _save(at)
+    except OSError as error:
+        raise Interrupted(
+            f"{told}, which could not be saved ({error}); the same command goes on from the one before"
+        ) from None
+    raise Interrupted(f"{told}; the same command goes on from there")
+
+
+def _save(at: RunningStage) -> None:
+    before = time.monotonic()
+    state.save(at.config, at.number, at.run, at.assembly, at.optimizer, at.data, at.progress, at.accelerator)
+    at.saving += time.monotonic() - before
+
+
+def say_cost(at: RunningStage, seconds: float) -> None:
+    share = at.saving / max(seconds, 1e-9)
+    at.log.say(f"{at.settings.name}: {seconds:.1f} s, of which checkpoints took {at.saving:.1f} s ({share:.1%})")
+
+
+@torch.no_grad()
+def _evaluate(at: RunningStage) -> dict[str, Any] | None:
+    """Held-out loss of each source, per supervised token; None once a rank was asked to stop."""
+    data, model, accelerator = at.data, at.model, at.accelerator
+    assert data.held_out is not None
+    modes = [module for module in model.modules() if module.training]
+    model.eval()
+    sums = torch.zeros(len(data.titles), 2, dtype=torch.float64, device=accelerator.device)
+    for step in load(data.held_out, 0, data.held_out.order.steps(0), workers=min(at.config.workers, 1)):
+        for row in step.rows:
+            if at.stopping():
+                return None
+            row = row.to(accelerator.device)
+            with accelerator.autocast():
+                add_by_source(sums, model(row), row)
+    for module in modes:
+        module.training = True
+    parallel.reshard(model)
+    sums = parallel.summed(accelerator, sums)
+    losses = {title: total / count for title, (total, count) in zip(data.titles, sums.tolist(), strict=True) if count}
+    total, count = sums.sum(0).tolist()
+    record = {"stage": at.settings.name, "step": at.progress.done, "held_out": losses, "supervised": int(count)}
+    return record | {"loss": total / max(count, 1)}
+
+
+def add_by_source(sums: Tensor, losses: Tensor, row: Row) -> None:
+    sums[:, 0].index_add_(0, row.sources, losses.detach().double())
+    sums[:, 1].index_add_(0, row.sources, torch.ones_like(losses, dtype=torch.float64))

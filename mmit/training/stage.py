@@ -1,0 +1,106 @@
+"""A stage made ready: model, data, optimizer and log, as its newest checkpoint or the stage before left them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mmit.config import Config, Stage
+from mmit.data.cache import cache_folder
+from mmit.model.build import Assembly, set_modes, set_trained
+from mmit.model.probes import chunk_for, probe_head, probe_isolation
+from mmit.training import parallel, state
+from mmit.training.data import StageData, open_stage, too_long
+from mmit.training.optim import build_optimizer
+from mmit.training.run import RunDirectory, StopFlag
+from mmit.training.runlog import RunLog
+from mmit.training.start import initialise_projector, table_of_parts
+from mmit.training.state import Progress
+
+
+@dataclass
+class RunningStage:
+    """A stage on its way: what every step of it needs."""
+
+    config: Config
+    number: int
+    run: RunDirectory
+    accelerator: Accelerator
+    stop: StopFlag
+    assembly: Assembly
+    data: StageData
+    model: nn.Module
+    """The assembly's, spread over ranks."""
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    log: RunLog
+    saving: float = 0.0
+    """Seconds."""
+
+    @property
+    def settings(self) -> Stage:
+        return self.config.stages[self.number]
+
+    def stopping(self) -> bool:
+        """Whether a rank was asked to stop; every rank must ask."""
+        return bool(parallel.agreed(self.accelerator, self.stop.set)[0])
+
+
+def prepare(
+    config: Config, number: int, run: RunDirectory, accelerator: Accelerator, stop: StopFlag, held: ExitStack
+) -> RunningStage:
+    """The stage ready for its next step: model, data and optimizer as its newest checkpoint left them, and its log."""
+    stage, device = config.stages[number], accelerator.device
+    cache = cache_folder(config.cache)
+    resumed = run.newest(stage.name)
+    assembly = state.start(config, number, run, resumed, cache)
+    data = open_stage(
+        config,
+        stage,
+        assembly,
+        cache=cache,
+        on_cuda=device.type == "cuda",
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+    )
+    if resumed is None and number == 0:
+        initialise_projector(config, assembly, data.training)
+    trained, frozen = dtypes(config, device)
+    set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
+    set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
+    table = table_of_parts(config, stage, assembly, data)  # whose probes need the parameters whole
+    model = parallel.spread(assembly.vlm, config.parallel, accelerator, offload=config.offload)
+    optimizer = build_optimizer(assembly, stage)
+    progress = state.resume(assembly, optimizer, resumed, data) if resumed is not None else Progress()
+    with accelerator.autocast():
+        probe_isolation(assembly.vlm, device, through=model)
+        assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device, through=model) else None
+    parallel.reshard(model)
+    parallel.on_main(accelerator, lambda: state.check_space(config, run, assembly, optimizer))
+    log = RunLog(
+        run.folder,
+        stage.name,
+        total=data.total,
+        start=progress.done,
+        active=accelerator.is_main_process,
+        trackers=config.trackers,
+    )
+    held.enter_context(log)
+    log.say(table)
+    for line in too_long(data.training, data.titles) if progress.done == 0 else ():
+        log.say(line)
+    if progress.done:
+        log.say(f"{stage.name}: going on after step {progress.done}")
+    return RunningStage(config, number, run, accelerator, stop, assembly, data, model, optimizer, progress, log)
+
+
+def dtypes(config: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Of trained and of frozen parameters."""
+    if config.precision == "fp64":
+        return torch.float64, torch.float64
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.float32, torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
