@@ -201,16 +201,17 @@ def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_no_step(
         held_out = {"holdout": {"fraction": 0.4, "by": "sample"}, "every": 2}
         return config(tmp_path / name, stage("s", data, BOTH, steps=4, row_tokens=200), eval=held_out)
 
-    again, name = wanted("again"), {"loading": "_prepare", "training": "_gradients", "evaluation": "_evaluate"}[moment]
+    places = {"loading": (loop, "prepare"), "training": (loop, "_gradients"), "evaluation": (due, "_evaluate")}
+    again, (module, name) = wanted("again"), places[moment]
     with monkeypatch.context() as patched:
-        original = getattr(loop, name)
+        original = getattr(module, name)
 
         def stopped(*arguments: Any) -> Any:
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*arguments)
 
-        patched.setattr(loop, name, stopped)
+        patched.setattr(module, name, stopped)
         assert ended_ranks(start_ranks(again, 2)) == [75, 75], said(again)
     steps = {"loading": 0, "training": 0, "evaluation": 2}[moment]
     assert (tmp_path / "again/checkpoints" / f"s-step-{steps}").is_dir() == (steps > 0)
