@@ -66,15 +66,15 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     after = evaluate_answers(model, shown, max_new_tokens=8, batch_size=32)
 
     guesses = _guesses(_questions(questions, "train", cache))
+    console.print("[bold]4/4[/] export to transformers, where the held-out questions must get the same tokens")
+    shutil.rmtree(out / "export", ignore_errors=True)
+    more = [_to_compare(asked) for asked, _ in islice(questions_of(samples), COMPARED_IN_EXPORT)]
+    exported = export(run, out / "export", more=more)
     result = _result(answered, guesses) | {
         "training_seconds": round(training_seconds, 1),
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mb": _peak_rss_mb(),
     }
-    console.print("[bold]4/4[/] export to transformers, where the held-out questions must get the same tokens")
-    shutil.rmtree(out / "export", ignore_errors=True)
-    more = [_to_compare(asked) for asked, _ in islice(questions_of(samples), COMPARED_IN_EXPORT)]
-    exported = export(run, out / "export", more=more)
     grid, plot = answer_grid(shown, after, out / "answers.png"), loss_plot(run, out / "loss.png")
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     _report(console, result, before, after)
