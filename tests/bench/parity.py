@@ -1,6 +1,6 @@
 """The parity table of the README: what an export says, beside what the trained model says.
 
-    python -m tests.bench.parity
+python -m tests.bench.parity
 """
 
 from __future__ import annotations
