@@ -62,7 +62,7 @@ def picture_of(file: Path, where: str, levels: list[float] | None) -> Picture:
     """The first frame as an 8-bit PNG."""
     import pydicom  # pyright: ignore[reportMissingImports]
     from pydicom.errors import InvalidDicomError  # pyright: ignore[reportMissingImports]
-    from pydicom.pixels import (  # pyright: ignore[reportMissingImports]
+    from pydicom.pixels.processing import (  # pyright: ignore[reportMissingImports]
         apply_modality_lut,
         apply_voi_lut,
         convert_color_space,

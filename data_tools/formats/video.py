@@ -97,6 +97,7 @@ def _frames(album: Album, name: Any, most: int, fps: float | None, where: str) -
 def _decoded(file: Path, most: int, fps: float | None, where: str) -> list[tuple[Picture, float]]:
     try:
         import av  # pyright: ignore[reportMissingImports]
+        from av.error import FFmpegError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("format video needs PyAV to open video files: pip install 'mmit[video]'") from None
     try:
@@ -115,7 +116,7 @@ def _decoded(file: Path, most: int, fps: float | None, where: str) -> list[tuple
                     frame.to_image().save(stream, format="PNG")
                     kept.append((unread(stream.getvalue(), where), round(seconds[number] - seconds[0], 3)))
         return kept
-    except (av.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise SampleError(f"{where}: {file.name} cannot be decoded as video ({type(error).__name__})") from None
 
 
