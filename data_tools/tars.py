@@ -6,11 +6,14 @@ Nothing is unpacked, no link is followed, no name is ever used as a path.
 
 from __future__ import annotations
 
-import os
+import bz2
+import gzip
+import lzma
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from data_tools.rows import Rejected
 from mmit.data.images import MAX_BYTES
@@ -49,6 +52,30 @@ class Group:
     members: tuple[Member, ...]
 
 
+class StrictHeader(tarfile.TarInfo):
+    """A member's header; what is neither one nor the end mark is an error, which `tarfile` takes for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> StrictHeader:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
+                raise
+            raise tarfile.ReadError(str(error) if buf else "no end mark") from None
+
+
+def check_end(read: Callable[[int], bytes]) -> None:
+    """`tarfile.ReadError` unless what `read` gives after the first block of an end mark is the rest of one."""
+    zeros = 0
+    while piece := read(1 << 20):
+        if piece.strip(b"\0"):
+            raise tarfile.ReadError("more data follows its end mark, as when tars are joined with `cat`")
+        zeros += len(piece)
+    if zeros < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("its end mark is cut")
+
+
 def is_plain(tar: Path) -> bool:
     """Whether members can be read where they lie: the tar is not compressed as a whole."""
     try:
@@ -58,13 +85,26 @@ def is_plain(tar: Path) -> bool:
         return False
 
 
+def unpacked(tar: Path) -> IO[bytes]:
+    """The bytes of a tar that is compressed as a whole, all parts of it and their checksums checked.
+
+    `tarfile` itself would stop after the first of several parts, and not look at the checksum of any.
+    """
+    with tar.open("rb") as file:
+        start = file.read(6)
+    for magic, opened in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
+        if start.startswith(magic):
+            return opened(tar, "rb")  # type: ignore[return-value]
+    return tar.open("rb")
+
+
 def groups(tar: Path) -> Iterator[Group | Rejected]:
     """The samples of an uncompressed tar in the order of their first members; those that cannot be right, rejected."""
     found: dict[str, list[Member]] = {}
     faults: dict[str, str] = {}
     key, broken = "", ""
     try:
-        with tarfile.open(tar, "r:") as stream:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=StrictHeader) as stream:
             for member in stream:
                 if member.isdir() or is_hidden(member.name):
                     continue
@@ -75,8 +115,8 @@ def groups(tar: Path) -> Iterator[Group | Rejected]:
                     faults.setdefault(key, fault)
                 members.append(Member(ending, member.offset_data, member.size))
                 stream.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
-        if not has_end_mark(tar):
-            broken = "the tar has no end mark"
+            file.seek(stream.offset + tarfile.BLOCKSIZE)  # type: ignore[attr-defined]
+            check_end(file.read)
     except (tarfile.TarError, EOFError, OSError) as error:
         broken = f"the tar ends or breaks here ({error})"
     for number, (name, members) in enumerate(found.items()):
@@ -123,11 +163,3 @@ def fault_of(member: tarfile.TarInfo, ending: str, before: list[str]) -> str | N
                 f"their names are taken for one sample: rename them"
             )
     return None
-
-
-def has_end_mark(tar: Path) -> bool:
-    """tarfile takes a tar that was cut between two members for a whole one."""
-    with tar.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * tarfile.BLOCKSIZE))
-        end = file.read()
-    return len(end) == 2 * tarfile.BLOCKSIZE and not end.strip(b"\0")

@@ -9,6 +9,7 @@ Nothing is unpacked to disk, and no member is ever run or unpickled.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import tarfile
 import zlib
@@ -19,7 +20,20 @@ from typing import Any
 from data_tools.album import Album, unread
 from data_tools.formats.messages import parts_of_row
 from data_tools.rows import Rejected, Row, each
-from data_tools.tars import CUT, PICTURES, TEXTS, Member, fault_of, groups, is_hidden, is_plain, key_and_ending
+from data_tools.tars import (
+    CUT,
+    PICTURES,
+    TEXTS,
+    Member,
+    StrictHeader,
+    check_end,
+    fault_of,
+    groups,
+    is_hidden,
+    is_plain,
+    key_and_ending,
+    unpacked,
+)
 from data_tools.turns import Turn, asked_about, place_pictures, sample_of, text_of, valued_turns
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Picture, Sample, SampleError, TextPart
@@ -87,7 +101,7 @@ def _streamed_rows(tar: Path) -> Iterator[Row | Rejected]:
         return Row(tar.name, number, where, {"key": key, "members": members})
 
     try:
-        with tarfile.open(tar, "r|*") as stream:
+        with unpacked(tar) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=StrictHeader) as stream:
             for member in stream:
                 if member.isdir() or is_hidden(member.name):
                     continue
@@ -100,7 +114,8 @@ def _streamed_rows(tar: Path) -> Iterator[Row | Rejected]:
                 content = stream.extractfile(member) if member.isreg() else None
                 limit = Member(ending, 0, member.size).limit
                 members.append((ending, content.read(limit) if content is not None else b""))
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            check_end(stream.fileobj.read)  # type: ignore[attr-defined]
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         yield Rejected(tar.name, number, key, f"{tar.name}:{key}: the tar ends or breaks here ({error}); {CUT}")
         return
     if key:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import random
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,47 @@ def test_a_tar_cut_anywhere_is_reported_and_gives_no_half_sample(tmp_path: Path)
             for sample in read_all(ShardSet(folder)):
                 assert sample.images[0].data == picture_bytes(int(sample.key))
             (folder / "index.json").unlink()
+
+
+def damaged_header(raw: bytes) -> bytes:
+    place = raw.index(b"2.txt")
+    return raw[:place] + b"X" + raw[place + 1 :]
+
+
+def holes(raw: bytes) -> bytes:
+    place = raw.index(b"2.txt")
+    return raw[:place] + bytes(512) + raw[place + 512 :]
+
+
+@pytest.mark.parametrize("damage", [damaged_header, holes, lambda raw: raw + raw])
+@pytest.mark.parametrize("packed", [lambda raw: raw, gzip.compress, bz2.compress, lzma.compress])
+def test_what_tarfile_takes_for_the_end_is_reported(
+    tmp_path: Path, damage: Callable[[bytes], bytes], packed: Callable[[bytes], bytes]
+) -> None:
+    members = [m for n in range(5) for m in ((f"{n}.txt", f"t{n}".encode()), (f"{n}.png", picture_bytes(n)))]
+    path = tar_of(tmp_path / "tars" / "x.tar", members)
+    path.write_bytes(packed(damage(path.read_bytes())))
+    with pytest.raises(RejectedRows, match="ends or breaks here"):
+        convert("webdataset", path, None, tmp_path / "out")
+    if packed(b"") == b"":
+        with pytest.raises(RejectedRows, match="ends or breaks here"):
+            index(path.parent)
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_packed_in_several_parts_is_read_whole_and_a_cut_one_reported(
+    tmp_path: Path, packed: Callable[[bytes], bytes]
+) -> None:
+    members = [m for n in range(5) for m in ((f"{n}.txt", f"t{n}".encode()), (f"{n}.png", picture_bytes(n)))]
+    path = tar_of(tmp_path / "x.tar", members)
+    raw = path.read_bytes()
+    squeezed = packed(raw[:3000]) + packed(raw[3000:])
+    path.write_bytes(squeezed)
+    assert len(convert("webdataset", path, None, tmp_path / "out")) == 5
+    for end in random.Random(2).sample(range(1, len(squeezed)), 10):
+        path.write_bytes(squeezed[:end])
+        with pytest.raises(RejectedRows, match="ends or breaks here"):
+            convert("webdataset", path, None, tmp_path / f"cut{end}")
 
 
 def test_a_tar_changed_after_its_index_is_refused(tmp_path: Path) -> None:
