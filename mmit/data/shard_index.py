@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -206,10 +207,13 @@ def arrow_file(folder: Path, index: Index) -> Path:
         target = cache / name
     temporary = target.with_name(f"{name}.{os.getpid()}.tmp")
     source = pq.ParquetFile(parquet)
-    with source, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
-        for batch in source.iter_batches(batch_size=65536):
-            writer.write_batch(batch.cast(index.schema))
-    os.replace(temporary, target)
+    try:
+        with source, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
+            for batch in source.iter_batches(batch_size=65536):
+                writer.write_batch(batch.cast(index.schema))
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -223,6 +227,17 @@ def _is_whole(path: Path, index: Index) -> bool:
 def map_samples(path: Path) -> pa.Table:
     """The rows of an Arrow file, mapped: nothing is read before it is asked for."""
     return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+
+
+def same_rows(parquet: Path, table: pa.Table) -> bool:
+    """Whether `samples.parquet` holds exactly these rows; a part of them at a time."""
+    row = 0
+    with pq.ParquetFile(parquet) as source:
+        for batch in source.iter_batches(batch_size=65536):
+            if not pa.Table.from_batches([batch.cast(table.schema)]).equals(table.slice(row, batch.num_rows)):
+                return False
+            row += batch.num_rows
+    return row == table.num_rows
 
 
 class IndexWriter:
@@ -286,8 +301,9 @@ class IndexWriter:
         _sync_folder(self.folder)
 
     def abandon(self) -> None:
-        self.parquet.close()
-        self.file.close()
+        for closing in (self.parquet.close, self.file.close):
+            with suppress(OSError):  # on a full disk closing fails too, and what is there must go all the more
+                closing()
         self.temporary.unlink(missing_ok=True)
 
 

@@ -35,6 +35,7 @@ from mmit.data.shard_index import (
     file_sha256,
     map_samples,
     read_index,
+    same_rows,
     size_faults,
 )
 from mmit.data.shard_writer import BLOCK, ShardWriter, checked, row_of
@@ -220,7 +221,8 @@ class ShardSet:
     def _bytes(self, shard: int, size: int, offset: int) -> bytes:
         if self._remote is not None:
             return self._remote.read(shard, size, offset)
-        return os.pread(self._tar(shard).descriptor, size, offset)
+        tar = self._tar(shard)  # held by name while it is read: another thread may put it out of the list
+        return os.pread(tar.descriptor, size, offset)
 
     def _tar(self, shard: int) -> _OpenTar:
         tar = self._tars.get(shard)
@@ -257,6 +259,10 @@ def verify(folder: Path | str) -> Iterator[Fault]:
         yield Fault(where, text)
         return
     row = 0
+    faults = list(_table_faults(folder, index, table))
+    yield from faults
+    if faults:
+        return
     if index.in_place:
         yield from _in_place_faults(folder, index)
         return
@@ -276,6 +282,17 @@ def verify(folder: Path | str) -> Iterator[Fault]:
     for path in sorted(folder.glob("*.tar")):
         if path.name not in known:
             yield Fault(str(path), f"is not listed in {INDEX}, so we never read it but other tools do; remove it")
+
+
+def _table_faults(folder: Path, index: Index, table: pa.Table) -> Iterator[Fault]:
+    """What is wrong with the table of samples itself, which a mapped copy beside it would hide."""
+    path = folder / SAMPLES
+    if not path.is_file():
+        yield Fault(str(path), "is missing; copy it here or convert again")
+    elif file_sha256(path) != index.samples_sha256:
+        yield Fault(str(path), f"its sha256 is not the one in {INDEX}; copy both again or convert again")
+    elif not same_rows(path, table):
+        yield Fault(str(arrow_file(folder, index)), f"is not what {SAMPLES} says; remove it, it will be made anew")
 
 
 def _in_place_faults(folder: Path, index: Index) -> Iterator[Fault]:

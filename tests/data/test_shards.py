@@ -314,6 +314,36 @@ def test_any_changed_byte_is_found_by_verify(copy: Path) -> None:
         assert any("shard-000002.tar: its sha256" in str(fault) for fault in verify(copy))
 
 
+def test_a_damaged_table_is_found_by_verify_though_a_mapped_copy_lies_beside_it(copy: Path) -> None:
+    assert list(verify(copy)) == []
+    (mapped,) = copy.glob("*.arrow")
+    path = copy / "samples.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    assert [fault.where for fault in verify(copy)] == [str(path)]
+    path.unlink()
+    assert [fault.where for fault in verify(copy)] == [str(path)]
+    path.write_bytes(whole)
+    content = mapped.read_bytes()
+    place = content.index(b"k00004")
+    mapped.write_bytes(content[:place] + b"K" + content[place + 1 :])
+    assert [fault.where for fault in verify(copy)] == [str(mapped)]
+
+
+def test_a_tar_put_out_of_the_list_while_it_is_read_stays_open(
+    written: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, pread = ShardSet(written.folder), os.pread
+    expected = shards.read(0)
+
+    def put_out(descriptor: int, size: int, offset: int) -> bytes:
+        shards._tars.clear()
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", put_out)
+    assert shards.read(0) == expected
+
+
 def test_a_changed_picture_is_refused_when_read(copy: Path) -> None:
     shards = ShardSet(copy)
     data = shards.read(1).images[0].data
