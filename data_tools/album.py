@@ -84,8 +84,12 @@ class Album:
         if os.path.isabs(inside) or ".." in inside.split("/") or "\0" in inside or not inside:
             raise SampleError(
                 f"{where}: the picture {name!r} would be read from outside the images folder; write its path below "
-                f"that folder (--image-prefix takes away a common beginning)"
+                f"that folder (--set image_prefix=... takes away a common beginning)"
             )
+        try:
+            os.fsencode(inside)
+        except UnicodeEncodeError:
+            raise SampleError(f"{where}: no file can be called {name!r}; write its name in whole characters") from None
         return Unread(0, 0, "", "", window=window, name=inside, root=str(self.root), where=where)
 
 
@@ -143,6 +147,8 @@ def read(picture: Unread) -> bytes:
         if len(data) < status.st_size:
             raise SampleError(f"{picture.where}: {picture.name} was cut while it was read; convert again")
         return data
+    except OSError as error:
+        raise SampleError(f"{picture.where}: cannot read {picture.name} ({error.strerror})") from None
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ app = typer.Typer(
     help="Convert data sets into shards, and look at them. `mmit-data formats` lists what can be read.",
 )
 
-USER_FAULT, DATA_FAULT = 2, 3
+USER_FAULT, DATA_FAULT, INTERRUPTED = 2, 3, 75
 
 
 @app.command()
@@ -68,21 +69,22 @@ def convert(
         rows_per_shard=rows_per_shard,
     )
 
-    def progress(rows: int, rejected: int) -> None:
-        print(f"\r{rows} rows, {rejected} rejected", end="", file=sys.stderr, flush=True)
-
-    shards = convert_input(
-        format,
-        input,
-        images,
-        out,
-        options=_options(set or []),
-        settings=settings,
-        processes=processes or os.cpu_count() or 1,
-        part=_part(part),
-        progress=progress if sys.stderr.isatty() else None,
-    )
+    before = conversion(out) is not None and (out / "index.json").exists()
+    with _counted("{} rows, {} rejected") as progress:
+        shards = convert_input(
+            format,
+            input,
+            images,
+            out,
+            options=_options(set or []),
+            settings=settings,
+            processes=cpus() if processes is None else processes,
+            part=_part(part),
+            progress=progress,
+        )
     summary = conversion(out) or {}
+    if before:
+        print(f"{out} was converted before, so nothing is read again; remove it if pictures have changed since")
     print(f"{out}: {len(shards)} samples in {len(shards.shard_names)} shards from {summary.get('rows')} rows", end="")
     print(f", {summary.get('rejected')} rejected" if summary.get("rejected") else "")
     if summary.get("without_pictures"):
@@ -175,26 +177,24 @@ def index(
     """Index other people's webdataset tars where they lie, so that a config can name the folder as shards."""
     from data_tools.index import index as index_tars
 
-    def progress(done: int, total: int) -> None:
-        print(f"\r{done} of {total} tars", end="", file=sys.stderr, flush=True)
-
-    shards = index_tars(
-        folder,
-        prompt=prompt,
-        strip=strip,
-        decode=decode,
-        source=source,
-        on_bad=on_bad,
-        processes=processes or os.cpu_count() or 1,
-        progress=progress if sys.stderr.isatty() else None,
-    )
+    with _counted("{} of {} tars") as progress:
+        shards = index_tars(
+            folder,
+            prompt=prompt,
+            strip=strip,
+            decode=decode,
+            source=source,
+            on_bad=on_bad,
+            processes=cpus() if processes is None else processes,
+            progress=progress,
+        )
     print(f"{folder}: {len(shards)} samples in {len(shards.shard_names)} tars; look at them: mmit-data show {folder}")
 
 
 @app.command()
 def verify(
     shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
-    most: Annotated[int, typer.Option(help="How many faults to list.")] = 100,
+    most: Annotated[int, typer.Option(min=1, help="How many faults to list.")] = 100,
 ) -> None:
     """Check every hash, member and picture of a shard set; exit 3 with a list if something is wrong."""
     from itertools import islice
@@ -390,6 +390,23 @@ def scan(
             _tell(out, without(shards, out, progress=progress))
 
 
+def cpus() -> int:
+    """Those this process may use: a job on a cluster has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+@contextmanager
+def _counted(text: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A line on the terminal that is written over and over; None where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        yield lambda *numbers: print("\r" + text.format(*numbers), end="", file=sys.stderr, flush=True)
+    finally:
+        print(file=sys.stderr)
+
+
 @contextmanager
 def _watched() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on the terminal for each thing that is done; nothing where standard error is no terminal."""
@@ -472,6 +489,12 @@ def main() -> None:
         sys.exit(USER_FAULT if isinstance(error, ConfigError) else DATA_FAULT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: no fault of ours
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room and give the same command again" if full else "check the path and its permissions"
+        print(f"mmit-data: {place}{error.strerror or error}; {remedy}", file=sys.stderr)
+        sys.exit(USER_FAULT)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -21,24 +22,30 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from data_tools.album import MissingPicture, develop, missing
 from data_tools.formats import FORMATS, options_for, samples_function, samples_of
-from data_tools.plan import VERSION, Settings, digest_of, folder_digest, plain_name, plan_of
+from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
 from data_tools.rows import Placed, Rejected
 from data_tools.turns import stripped
 from mmit.config import ConfigError, Source
+from mmit.data.provenance import CONVERSION, REJECTED, beside
 from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart, check, to_json
 from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, WrittenShard
-from mmit.data.shard_writer import shard_name, write_index, write_shard
+from mmit.data.shard_writer import TAR, TEMPORARY, shard_name, write_index, write_shard
 from mmit.data.shards import ShardSet
 
 WORK = ".unfinished"
-CONVERSION = "conversion.json"
-REJECTED = "rejected.jsonl"
+PLAN = "plan.json"
+RECORD = re.compile(r"\d{6}\.json")
+MOST_SHARDS = 10**6
+
+
+COUNTS = ("rows", "samples", "rejected", "missing", "without_pictures")
+"""What is counted of a conversion; `missing` are rejected rows too."""
 
 
 class RejectedRows(SampleError):
@@ -53,6 +60,8 @@ class Outcome:
     rows: int
     shard: WrittenShard | None
     rejected: tuple[Rejected, ...]
+    missing: int
+    """Of the rejected rows, those whose picture is missing."""
     without_pictures: int
     """Samples that lost a missing picture under `on_missing: text-only`."""
 
@@ -78,11 +87,30 @@ def convert(
     options = options_for(format, options or {})
     samples_function(format)
     _check(settings, processes, part)
-    plan = plan_of(format, path, options, settings, part)
-    if (out / INDEX).exists():
-        return _already_there(out, plan, settings)
-    _start(out, plan)
-    _refuse_missing(format, path, root, options, settings, part)
+    plan = plan_of(format, path, options, settings, part, root)
+    if not (out / INDEX).exists():
+        _refuse_other_files(out)
+        _refuse_missing(format, path, root, options, settings, part)
+        out.mkdir(parents=True, exist_ok=True)
+        with only_writer(out):
+            if not (out / INDEX).exists():
+                _write_set(format, path, root, out, options, settings, plan, processes, part, progress)
+    return _judged(out, plan, settings)
+
+
+def _write_set(
+    format: str,
+    path: Path,
+    root: Path | None,
+    out: Path,
+    options: Mapping[str, Any],
+    settings: Settings,
+    plan: dict[str, Any],
+    processes: int,
+    part: tuple[int, int] | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    _start(out, plan, root)
     source = (
         settings.source or plain_name(path.name if path.suffix == "" else path.name.split(".")[0]) or plain_name(format)
     )
@@ -92,7 +120,7 @@ def convert(
         total, rejected = total + outcome.rows, rejected + len(outcome.rejected)
         if progress is not None:
             progress(total, rejected)
-    return _finish(out, plan, settings, path)
+    _finish(out, plan, path, total)
 
 
 def converted(
@@ -117,7 +145,7 @@ def converted(
     key = digest_of(
         {
             "version": VERSION,
-            "plan": plan_of(record.format, path, options, settings, None),
+            "plan": plan_of(record.format, path, options, settings, None, None),
             "images": folder_digest(Path(record.images)) if record.images is not None else None,
         }
     )
@@ -156,32 +184,34 @@ def _check(settings: Settings, processes: int, part: tuple[int, int] | None) -> 
 # Before: what an earlier run left, and pictures that are not there ----------------------------------------------------
 
 
-def _start(out: Path, plan: dict[str, Any]) -> None:
-    """Claims the folder for this plan; the shards that an interrupted run of the same plan finished stay."""
-    note = out / WORK / "plan.json"
-    if out.exists() and not out.is_dir():
+def _refuse_other_files(out: Path) -> None:
+    """Nothing is written into a folder that holds what no conversion has begun."""
+    if not out.exists():
+        return
+    if not out.is_dir():
         raise ConfigError(f"{out}: this is a file; --out names a folder")
-    if note.exists():
-        if json.loads(note.read_text()) == plan:
-            return
-        shutil.rmtree(out / WORK)
-        for tar in out.glob("shard-*.tar"):
-            tar.unlink()
-    elif out.exists() and any(out.iterdir()):
+    plan = out / WORK / PLAN
+    if plan.exists():
+        if "tool" in json.loads(plan.read_text(encoding="utf-8")):
+            raise ConfigError(f"{out}: holds an unfinished set of another command; finish it with that, or remove it")
+    elif any(path.name not in (UNFINISHED, WORK) for path in out.iterdir()):
         raise ConfigError(f"{out}: the folder holds other files; --out names a new or empty folder")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    (out / UNFINISHED).touch()
-    _write(note, json.dumps(plan, indent=1))
 
 
-def _already_there(out: Path, plan: dict[str, Any], settings: Settings) -> ShardSet:
-    summary = conversion(out)
-    if summary is None or summary["plan"] != plan:
-        raise ConfigError(
-            f"{out}: already holds a finished shard set of another input or other options; name another --out, or "
-            f"remove the folder first"
-        )
-    return _judged(out, summary, settings)
+def _start(out: Path, plan: dict[str, Any], root: Path | None) -> None:
+    """Claims the folder for this plan; the shards that an interrupted run of the same plan finished stay.
+
+    The plan is replaced last, so whoever is killed in here is taken up here.
+    """
+    note = out / WORK / PLAN
+    begun = {"plan": plan, "images": str(root.resolve()) if root is not None else None}
+    same = note.exists() and json.loads(note.read_text(encoding="utf-8")) == begun
+    for path in [*out.iterdir(), *(out / WORK).glob("*")]:
+        if TEMPORARY.fullmatch(path.name) or (not same and (TAR.fullmatch(path.name) or RECORD.fullmatch(path.name))):
+            path.unlink()
+    if not same:
+        note.parent.mkdir(exist_ok=True)
+        _write(note, json.dumps(begun, indent=1))
 
 
 def _refuse_missing(
@@ -239,10 +269,12 @@ def _outcomes(
 
     def jobs() -> Iterator[tuple[int, list[Sample | Rejected]]]:
         rows = iter(items)
-        for number in range(10**6):
+        for number in count():
             batch = list(islice(rows, size))
             if not batch:
                 return
+            if number == MOST_SHARDS:
+                raise ConfigError(f"more than {MOST_SHARDS:,} shards of {size:,} rows; raise --rows-per-shard")
             if _ours(number, part):
                 yield number, batch
 
@@ -309,10 +341,11 @@ def _shard(
 ) -> Outcome:
     """Writes one shard and, after it, the record that it is done."""
     rejected: list[Rejected] = []
-    lost = 0
+    lost = absent = 0
+    name = plain_name(source) or "row"
 
     def good() -> Iterator[Sample]:
-        nonlocal lost
+        nonlocal lost, absent
         for offset, item in enumerate(items):
             row = number * settings.rows_per_shard + offset
             if isinstance(item, Rejected):
@@ -320,10 +353,11 @@ def _shard(
                 continue
             where = _place_of(item, file, row)
             try:
-                sample, fewer = _ready(item, f"{source}-{row:09d}", source, where, settings)
+                sample, fewer = _ready(item, f"{name}-{row:09d}", source, where, settings)
             except SampleError as error:
                 placed = item if isinstance(item, Placed) else Placed("", "", (), file=file, row=row, name=item.key)
                 rejected.append(Rejected(placed.file, placed.row, placed.name, str(error)))
+                absent += isinstance(error, MissingPicture)
                 continue
             lost += fewer
             yield sample
@@ -332,7 +366,7 @@ def _shard(
     if not shard.rows:
         (out / shard_name(number)).unlink()
         shard = None
-    outcome = Outcome(number, len(items), shard, tuple(rejected), lost)
+    outcome = Outcome(number, len(items), shard, tuple(rejected), absent, lost)
     _write(out / WORK / f"{number:06d}.json", json.dumps(_record(outcome)))
     return outcome
 
@@ -409,6 +443,7 @@ def _record(outcome: Outcome) -> dict[str, Any]:
             "rows": [vars(row) | {"sha256": [value.hex() for value in row.sha256]} for row in shard.rows],
         },
         "rejected": [asdict(item) for item in outcome.rejected],
+        "missing": outcome.missing,
         "without_pictures": outcome.without_pictures,
     }
 
@@ -418,7 +453,10 @@ def _recorded(out: Path, number: int) -> Outcome | None:
     path = out / WORK / f"{number:06d}.json"
     if not path.exists():
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a power cut may leave an empty file
+        return None
     shard = None
     if record["shard"] is not None:
         entry = ShardEntry(**record["shard"]["entry"])
@@ -427,7 +465,7 @@ def _recorded(out: Path, number: int) -> Outcome | None:
             return None
         shard = WrittenShard(entry, tuple(_row(row) for row in record["shard"]["rows"]))
     rejected = tuple(Rejected(**item) for item in record["rejected"])
-    return Outcome(record["number"], record["rows"], shard, rejected, record["without_pictures"])
+    return Outcome(record["number"], record["rows"], shard, rejected, record["missing"], record["without_pictures"])
 
 
 def _row(record: dict[str, Any]) -> SampleRow:
@@ -449,29 +487,44 @@ def _all_recorded(out: Path) -> Iterator[Outcome]:
             yield outcome
 
 
-def _finish(out: Path, plan: dict[str, Any], settings: Settings, path: Path) -> ShardSet:
+def _finish(out: Path, plan: dict[str, Any], path: Path, rows: int) -> None:
     """Writes the list of rejected rows, the summary and, last, the index."""
-    summary = {"plan": plan, "rows": 0, "samples": 0, "rejected": 0, "without_pictures": 0, "first": []}
+    summary: dict[str, Any] = {"plan": plan, **dict.fromkeys(COUNTS, 0), "first": []}
+    by_shard: dict[int, int] = {}
     temporary = out / f"{REJECTED}.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         for outcome in _all_recorded(out):
             summary["rows"] += outcome.rows
             summary["samples"] += outcome.shard.entry.samples if outcome.shard else 0
             summary["rejected"] += len(outcome.rejected)
+            summary["missing"] += outcome.missing
             summary["without_pictures"] += outcome.without_pictures
             summary["first"] += [item.reason for item in outcome.rejected][: 5 - len(summary["first"])]
+            if outcome.rejected:
+                by_shard[outcome.number] = len(outcome.rejected)
             for item in outcome.rejected:
                 stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
     os.replace(temporary, out / REJECTED)
-    if summary["samples"] == 0 and plan["part"] is None:
+    if summary["rows"] != rows:
+        raise SampleError(
+            f"{out}: of {rows} rows only {summary['rows']} are in finished shards: somebody removed or cut a file "
+            f"meanwhile; give the same command again"
+        )
+    if plan["part"] is not None:
+        summary["rejected_by_shard"] = by_shard  # so that `merge` lists them in the order of one run
+    elif summary["samples"] == 0:
         raise _nothing(path, out, summary)
     _write(out / CONVERSION, json.dumps(summary, indent=1) + "\n")
     write_index(out, (outcome.shard for outcome in _all_recorded(out) if outcome.shard is not None))
+    _tidy(out, summary)
+
+
+def _tidy(out: Path, summary: dict[str, Any]) -> None:
+    """Takes away what a finished set needs no more."""
     if not summary["rejected"]:
-        (out / REJECTED).unlink()
-    shutil.rmtree(out / WORK)
+        (out / REJECTED).unlink(missing_ok=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
     (out / UNFINISHED).unlink(missing_ok=True)
-    return _judged(out, summary, settings)
 
 
 def _nothing(path: Path, out: Path, summary: dict[str, Any]) -> SampleError:
@@ -484,17 +537,28 @@ def _nothing(path: Path, out: Path, summary: dict[str, Any]) -> SampleError:
 
 
 def conversion(folder: Path) -> dict[str, Any] | None:
-    """The summary that a conversion left in its shard set: plan, rows, samples, rejected, without_pictures, first."""
-    path = folder / CONVERSION
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The summary that a conversion left in its shard set: plan, COUNTS and the first reasons of rejection."""
+    return beside(folder, CONVERSION)
 
 
-def _judged(out: Path, summary: dict[str, Any], settings: Settings) -> ShardSet:
-    if summary["rejected"] and settings.on_bad == "error":
+def _judged(out: Path, plan: dict[str, Any], settings: Settings) -> ShardSet:
+    """The finished set, if it is one of this plan and if all rows became samples or may be lost."""
+    summary = conversion(out)
+    if summary is None or summary["plan"] != plan:
+        raise ConfigError(
+            f"{out}: already holds a finished shard set of another input or other options; name another --out, or "
+            f"remove the folder first"
+        )
+    if (out / UNFINISHED).exists():
+        with only_writer(out):
+            _tidy(out, summary)
+    bad = summary["rejected"] - (summary.get("missing", 0) if settings.on_missing == "drop" else 0)
+    if bad and settings.on_bad == "error":
         listed = "".join(f"\n  {reason}" for reason in summary["first"])
         raise RejectedRows(
             f"{out}: {summary['samples']} samples written, {summary['rejected']} of {summary['rows']} rows rejected, "
             f"all listed in {out / REJECTED}. The first:{listed}\n"
-            f"Mend the rows, or accept the loss with --on-bad drop (in a config: options: {{on_bad: drop}})"
+            f"Mend the rows and convert them into a new folder, or accept the loss with --on-bad drop (in a config: "
+            f"options: {{on_bad: drop}})"
         )
     return ShardSet(out)

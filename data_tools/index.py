@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_tools.album import develop, unread
-from data_tools.convert import REJECTED, RejectedRows, leave_with
+from data_tools.convert import RejectedRows, leave_with
 from data_tools.formats.webdataset import sample_of_members
 from data_tools.rows import Rejected, Row
 from data_tools.tars import PICTURES, Group, Member, groups, is_plain
 from mmit.config import ConfigError
+from mmit.data.provenance import REJECTED
 from mmit.data.sample import Sample, SampleError, check, to_json
 from mmit.data.shard_index import INDEX, IndexWriter, InPlaceRow, ShardEntry, WrittenShard, file_sha256, read_index
 from mmit.data.shard_writer import row_of

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_tools.convert import CONVERSION, REJECTED, conversion
+from data_tools.convert import COUNTS, conversion
 from mmit.config import ConfigError
-from mmit.data.provenance import licenses
+from mmit.data.provenance import CONVERSION, REJECTED, licenses
 from mmit.data.sample import SampleError
 from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard, read_index
 from mmit.data.shard_writer import shard_name, write_index
@@ -44,7 +45,7 @@ def merge(folders: Sequence[Path], out: Path) -> ShardSet:
 
     def placed() -> Iterator[WrittenShard]:
         for opened, shard, name in shards:
-            for row in shard.rows:
+            for row in shard.rows if not parts else ():  # keys of parts hold the number of the row
                 if row.key in keys:
                     raise SampleError(
                         f"{opened.folder}: the key {row.key} is already in another of these sets; convert "
@@ -55,11 +56,10 @@ def merge(folders: Sequence[Path], out: Path) -> ShardSet:
             entry = ShardEntry(name, shard.entry.bytes, shard.entry.sha256, shard.entry.samples)
             yield WrittenShard(entry, shard.rows)
 
-    summary = _summary(sets)
-    rejected = sorted(line for opened in sets for line in opened.rejected())
+    rejected = _rejected(sets)
     if rejected:
-        (out / REJECTED).write_text("".join(line for _, line in rejected), encoding="utf-8")
-    (out / CONVERSION).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (out / REJECTED).write_text("".join(rejected), encoding="utf-8")
+    (out / CONVERSION).write_text(json.dumps(_summary(sets, rejected), indent=1) + "\n", encoding="utf-8")
     write_index(out, placed())
     (out / UNFINISHED).unlink()
     return ShardSet(out)
@@ -90,11 +90,13 @@ class _Opened:
                 entry = ShardEntry(item["name"], item["bytes"], item["sha256"], item["samples"])
                 yield WrittenShard(entry, tuple(_row(next(rows)) for _ in range(entry.samples)))
 
-    def rejected(self) -> Iterator[tuple[tuple[str, int], str]]:
+    def rejected(self) -> Iterator[tuple[int, str]]:
+        """The number of the shard that lacks the row, for a part, and its line."""
         path = self.folder / REJECTED
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-            record = json.loads(line)
-            yield (record["file"], record["row"]), line
+        lines = iter(path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else [])
+        for number, count in (self.summary or {}).get("rejected_by_shard", {}).items():
+            yield from ((int(number), line) for line in islice(lines, count))
+        yield from ((0, line) for line in lines)
 
 
 def _row(record: dict[str, Any]) -> SampleRow:
@@ -104,7 +106,8 @@ def _row(record: dict[str, Any]) -> SampleRow:
 
 
 def _check_parts(sets: list[_Opened]) -> None:
-    plans = {json.dumps(opened.summary["plan"] | {"part": None}, sort_keys=True) for opened in sets if opened.summary}
+    ours = {"part": None, "images": None}  # each machine may have its own folder
+    plans = {json.dumps(opened.summary["plan"] | ours, sort_keys=True) for opened in sets if opened.summary}
     if len(plans) > 1:
         raise ConfigError("these parts are of different inputs or options; convert all parts with the same command")
     count = {opened.part[1] for opened in sets if opened.part}
@@ -127,13 +130,17 @@ def _in_order(sets: list[_Opened]) -> Iterator[tuple[_Opened, WrittenShard, str]
             heads.append((opened, reader, following))
 
 
-def _summary(sets: list[_Opened]) -> dict[str, Any]:
+def _rejected(sets: list[_Opened]) -> list[str]:
+    """The lines of all sets, those of parts in the order of one run."""
+    lines = [line for opened in sets for line in opened.rejected()]
+    return [line for _, line in sorted(lines, key=lambda line: line[0])]
+
+
+def _summary(sets: list[_Opened], rejected: list[str]) -> dict[str, Any]:
     """One summary: of parts, the one a single run writes; of other sets, all of theirs."""
     summaries = [opened.summary for opened in sets if opened.summary is not None]
-    counts = ("rows", "samples", "rejected", "without_pictures")
-    totals = {key: sum(summary[key] for summary in summaries) for key in counts}
-    lines = sorted(line for opened in sets for line in opened.rejected())
-    first = [json.loads(line)["reason"] for _, line in lines[:5]]
+    totals = {key: sum(summary.get(key, 0) for summary in summaries) for key in COUNTS}
+    first = [json.loads(line)["reason"] for line in rejected[:5]]
     if any(opened.part for opened in sets):
         return {"plan": summaries[0]["plan"] | {"part": None}, **totals, "first": first}
     stated = {"licenses": sorted({license for opened in sets for license in licenses(opened.folder)})}

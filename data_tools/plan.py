@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.formats import FORMATS
 from mmit.config import ConfigError
+from mmit.data.shard_index import UNFINISHED
 
 VERSION = 1
 """Raised when the same input and options give other samples than before, so that caches are made anew."""
@@ -43,13 +47,21 @@ class Settings:
 
 
 def plan_of(
-    format: str, path: Path, options: Mapping[str, Any], settings: Settings, part: tuple[int, int] | None
+    format: str,
+    path: Path,
+    options: Mapping[str, Any],
+    settings: Settings,
+    part: tuple[int, int] | None,
+    images: Path | None,
 ) -> dict[str, Any]:
     made = format in FORMATS and FORMATS[format].from_nothing
     choices = {key: value for key, value in asdict(settings).items() if key != "on_bad"}
     return {
         "version": VERSION,
         "format": format,
+        **({"code": _code_digest(format)} if ":" in format else {}),
+        # Its name alone: another machine may hold the same pictures at another place.
+        **({"images": images.resolve().name} if images is not None else {}),
         "input": path.name,
         "content": None if made else content_digest(path),
         "options": {key: _option_digest(value) for key, value in options.items()},
@@ -58,11 +70,28 @@ def plan_of(
     }
 
 
+def _code_digest(format: str) -> str | None:
+    """sha256 of the file in which a format of one's own is written: after an edit its samples are others."""
+    spec = importlib.util.find_spec(format.partition(":")[0])
+    return content_digest(Path(spec.origin)) if spec is not None and spec.origin else None
+
+
 def _option_digest(value: Any) -> Any:
     """The value as JSON; a value that names a file counts with the content of that file."""
     if isinstance(value, str | Path) and value and Path(value).is_file():
         return {"file": Path(value).name, "sha256": content_digest(Path(value))}
     return json.loads(json.dumps(value, default=str))
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Nobody else writes into `out` while this lasts. The note that is locked stays: it marks a set as unfinished."""
+    with (out / UNFINISHED).open("a") as note:
+        try:
+            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{out}: another process is writing here; wait for it, or name another --out") from None
+        yield
 
 
 def content_digest(path: Path) -> str:

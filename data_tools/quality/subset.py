@@ -7,7 +7,6 @@ ones. The same input and options give the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.plan import plain_name
+from data_tools.plan import only_writer, plain_name
 from mmit.config import ConfigError
 from mmit.data.provenance import CONVERSION, PROVENANCE, beside, licenses
 from mmit.data.sample import Sample, SampleError
@@ -149,11 +148,7 @@ def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[bool]:
         raise ConfigError(f"{out}: holds a finished set of shards made otherwise; name another --out")
     if found is None and (out / UNFINISHED).exists() and any(path.name != UNFINISHED for path in out.iterdir()):
         raise ConfigError(f"{out}: holds an unfinished set of another command; finish it with that, or remove it")
-    with (out / UNFINISHED).open("a") as note:
-        try:
-            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{out}: another process is writing here; wait for it, or name another --out") from None
+    with only_writer(out):
         finished = (out / INDEX).exists()
         if not finished:
             (out / WORK).mkdir(exist_ok=True)

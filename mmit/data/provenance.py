@@ -9,6 +9,8 @@ from typing import Any
 
 CONVERSION = "conversion.json"
 PROVENANCE = "provenance.json"
+REJECTED = "rejected.jsonl"
+"""Rows or members that became no sample, a line each with the reason."""
 
 
 def beside(folder: Path, name: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -22,7 +23,9 @@ from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter, SampleRow, Sha
 
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
 TAR = re.compile(r"shard-\d{6,}\.tar")
-TEMPORARY = re.compile(r"(shard-\d{6,}\.tar|samples\.parquet|samples-\w+\.arrow|index\.json)\.\d+\.tmp")
+TEMPORARY = re.compile(
+    r"(shard-\d{6,}\.tar|samples\.parquet|samples-\w+\.arrow|(index|conversion)\.json|rejected\.jsonl)\.\d+\.tmp"
+)
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -37,10 +40,14 @@ def write_shard(path: Path, samples: Iterable[Sample], *, measured: bool = False
     `measured`: the caller has just found size, hash and ending of every picture from its bytes, so they are not opened
     and hashed a second time. What the samples say is then believed.
     """
-    with _Tar(path, measured=measured) as tar:
-        for sample in samples:
-            tar.add(sample)
-        return tar.finish()
+    try:
+        with _Tar(path, measured=measured) as tar:
+            for sample in samples:
+                tar.add(sample)
+            return tar.finish()
+    except OSError as error:  # a full disk does not say which
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_index(folder: Path, shards: Iterable[WrittenShard]) -> None:
@@ -194,7 +201,8 @@ class _Tar:
         return WrittenShard(entry, tuple(self.rows))
 
     def abandon(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # on a full disk closing fails too, and what is there must go all the more
+            self.file.close()
         self.temporary.unlink(missing_ok=True)
 
     def _member(self, name: str, data: bytes) -> None:

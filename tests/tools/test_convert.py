@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import inspect
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import pytest
 
 import data_tools.convert as module
 from data_tools.album import unread
+from data_tools.cli import main
 from data_tools.convert import RejectedRows, Settings, conversion, convert, converted
 from data_tools.formats import FORMATS, samples_function
 from data_tools.rows import Rejected
@@ -97,6 +100,113 @@ def test_another_input_does_not_go_on_with_the_shards_of_the_first(
     assert shards.read(3).messages[1].text == "three"
 
 
+def test_pictures_of_another_folder_are_never_mixed_with_those_of_the_first(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, others = rows_with(photos, 14), tmp_path / "elsewhere" / "photos"
+    others.mkdir(parents=True)
+    for number in range(14):
+        (others / f"p{number}.png").write_bytes(picture_bytes(100 + number))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert("llava", path, photos, tmp_path / "out", settings=SMALL)
+    shards = convert("llava", path, others, tmp_path / "out", settings=SMALL)
+    assert [shards.read(n).images[0].data for n in range(14)] == [picture_bytes(100 + n) for n in range(14)]
+    others.rename(tmp_path / "renamed")
+    with pytest.raises(ConfigError, match="another input or other options"):
+        convert("llava", path, tmp_path / "renamed", tmp_path / "out", settings=SMALL)
+
+
+def test_two_conversions_do_not_write_into_one_folder(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 3)
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "UNFINISHED").open("w") as note:
+        fcntl.flock(note, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is writing here"):
+            convert("llava", path, photos, tmp_path / "out")
+    assert len(convert("llava", path, photos, tmp_path / "out")) == 3
+
+
+def test_whoever_was_killed_at_the_very_start_or_end_is_taken_up(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rows_with(photos, 3)
+    convert("llava", path, photos, tmp_path / "straight")
+    (tmp_path / "out" / ".unfinished").mkdir(parents=True)
+    (tmp_path / "out" / "UNFINISHED").touch()
+    (tmp_path / "out" / "shard-000000.tar.99.tmp").write_bytes(b"half")
+    (tmp_path / "out" / ".unfinished" / "plan.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_tidy", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert("llava", path, photos, tmp_path / "out")
+    convert("llava", path, photos, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_a_shard_that_vanishes_meanwhile_is_not_left_out_silently(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rows_with(photos, 20)
+    finish = module._finish
+
+    def losing(out: Path, *rest: Any) -> None:
+        (out / "shard-000001.tar").unlink()
+        finish(out, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", losing)
+        with pytest.raises(SampleError, match="of 20 rows only 13 are in finished shards"):
+            convert("llava", path, photos, tmp_path / "out", settings=SMALL)
+    assert len(convert("llava", path, photos, tmp_path / "out", settings=SMALL)) == 20
+
+
+def test_rows_beyond_the_last_shard_are_refused_not_left_out(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_SHARDS", 2)
+    with pytest.raises(ConfigError, match="more than 2 shards of 7 rows; raise --rows-per-shard"):
+        convert("llava", rows_with(photos, 15), photos, tmp_path / "out", settings=SMALL)
+    assert len(convert("llava", rows_with(photos, 14), photos, tmp_path / "out", settings=SMALL)) == 14
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = rows_with(photos, 60), tmp_path / "out"
+    arguments = ["convert", "llava", path, "--images", photos, "--out", out, "--processes", 1]
+    monkeypatch.setattr(sys, "argv", ["mmit-data", *map(str, arguments)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"mmit-data: {out}/shard-000000.tar: ")
+    assert "make room and give the same command again" in told
+    assert list(out.glob("*tar*")) == []
+    assert len(convert("llava", path, photos, out)) == 60
+
+
+@pytest.mark.parametrize("source", ["my data", "数据", "x" * 200, "a/../b"])
+def test_a_source_may_be_called_anything(photos: Path, tmp_path: Path, source: str) -> None:
+    shards = convert("llava", rows_with(photos, 2), photos, tmp_path / "out", settings=Settings(source=source))
+    assert shards.source(1) == source
+    assert list(verify(tmp_path / "out")) == []
+
+
+def test_a_name_that_no_file_can_have_is_a_rejected_row(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 2)
+    path.write_text(path.read_text().replace("p1.png", "\\ud800.png"))
+    with pytest.raises(RejectedRows, match="no file can be called"):
+        convert("llava", path, photos, tmp_path / "out", settings=Settings(on_missing="drop"))
+    assert len(ShardSet(tmp_path / "out")) == 1
+
+
 def test_a_finished_set_is_found_again_and_never_overwritten(photos: Path, tmp_path: Path) -> None:
     path = rows_with(photos, 3)
     convert("llava", path, photos, tmp_path / "out")
@@ -149,16 +259,24 @@ def test_all_missing_pictures_are_told_at_once_before_anything_is_written(photos
 
 def test_missing_pictures_can_drop_the_row_or_leave_its_text(photos: Path, tmp_path: Path) -> None:
     path = rows_with(photos, 4, gone=(1,))
-    with pytest.raises(RejectedRows, match=r"p1\.png is missing"):
-        convert("llava", path, photos, tmp_path / "a", settings=Settings(on_missing="drop"))
-    dropped = ShardSet(tmp_path / "a")
+    dropped = convert("llava", path, photos, tmp_path / "a", settings=Settings(on_missing="drop"))
     assert [sample.meta["id"] for sample in read_all(dropped)] == ["r0", "r2", "r3"]
+    assert "p1.png is missing" in (tmp_path / "a" / "rejected.jsonl").read_text()
     kept = convert("llava", path, photos, tmp_path / "b", settings=Settings(on_missing="text-only"))
     assert flat(kept.read(1)) == [("user", ["1?"]), ("assistant", ["1!"])]
     assert flat(kept.read(2)) == [("user", [0, "\n2?"]), ("assistant", ["2!"])]
     summary = conversion(tmp_path / "b")
     assert summary is not None
     assert summary["without_pictures"] == 1
+
+
+def test_dropping_missing_pictures_accepts_no_other_loss(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 6, gone=(1,), bad=(4,))
+    with pytest.raises(RejectedRows, match="2 of 6 rows rejected"):
+        convert("llava", path, photos, tmp_path / "a", settings=Settings(on_missing="drop"))
+    summary = conversion(tmp_path / "a")
+    assert summary is not None
+    assert (summary["rejected"], summary["missing"]) == (2, 1)
 
 
 def test_no_decode_leaves_damage_below_the_header_unseen(photos: Path, tmp_path: Path) -> None:
@@ -267,6 +385,21 @@ def test_a_format_of_ones_own_is_named_by_module_and_function(tmp_path: Path) ->
         convert(name, tmp_path / "in.txt", None, tmp_path / "p", options={"shuot": True})
     with pytest.raises(ConfigError, match="has no function nothing"):
         convert(f"{__name__}:nothing", tmp_path / "in.txt", None, tmp_path / "p")
+
+
+def test_an_edit_of_a_format_of_ones_own_is_another_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "my_own_format.py"
+    code.write_text(
+        "from mmit.data.sample import Sample, message\n"
+        "def samples(path, images=None):\n"
+        "    yield Sample('', '', (message('assistant', 'one'),))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "in.txt").write_text("x")
+    convert("my_own_format:samples", tmp_path / "in.txt", None, tmp_path / "out")
+    code.write_text(code.read_text().replace("one", "two"))
+    with pytest.raises(ConfigError, match="another input or other options"):
+        convert("my_own_format:samples", tmp_path / "in.txt", None, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

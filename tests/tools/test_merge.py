@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -28,6 +29,28 @@ def test_parts_merge_to_the_bytes_of_one_run(photos: Path, tmp_path: Path, parts
     merge(list(reversed(folders)), tmp_path / "merged")
     assert files(tmp_path / "merged") == files(tmp_path / "whole")
     assert list(verify(tmp_path / "merged")) == []
+
+
+def test_rejected_rows_of_parts_come_in_the_order_of_one_run(photos: Path, tmp_path: Path) -> None:
+    rows = json.loads(rows_with(photos, 20, bad=(1, 5, 8, 13, 14)).read_text())
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    (tmp_path / "in" / "a").mkdir()
+    (tmp_path / "in" / "a" / "z.json").write_text(json.dumps(rows[:10]))
+    (tmp_path / "in" / "b" / "c.json").write_text(json.dumps(rows[10:]))
+    settings = Settings(rows_per_shard=3, on_bad="drop")
+    convert("llava", tmp_path / "in", photos, tmp_path / "whole", settings=settings)
+    for i in range(3):
+        convert("llava", tmp_path / "in", photos, tmp_path / f"p{i}", settings=settings, part=(i + 1, 3))
+    merge([tmp_path / f"p{i}" for i in range(3)], tmp_path / "merged")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+
+
+def test_parts_made_from_folders_of_other_names_merge(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 20)
+    convert("llava", path, photos, tmp_path / "p1", settings=SMALL, part=(1, 2))
+    photos.rename(tmp_path / "fotos")
+    convert("llava", path, tmp_path / "fotos", tmp_path / "p2", settings=SMALL, part=(2, 2))
+    assert len(merge([tmp_path / "p1", tmp_path / "p2"], tmp_path / "m")) == 20
 
 
 def test_more_parts_than_shards_still_merge(photos: Path, tmp_path: Path) -> None:
