@@ -113,20 +113,14 @@ def check(sample: Sample, where: str) -> Sample:
         here = f"{where}: message {number}"
         if item.role not in get_args(Role):
             raise SampleError(f"{here}: role {item.role!r} is unknown; write one of {', '.join(get_args(Role))}")
+        if not isinstance(item.train, bool):
+            raise SampleError(f"{here}: train is {item.train!r}; write true or false")
         if item.train and item.role != "assistant":
             raise SampleError(f"{here}: train is true for role {item.role!r}; only assistant messages can be trained")
         if item.role == "system" and number > 0:
             raise SampleError(f"{here}: a system message must come first, found at position {number}")
         for part in item.parts:
-            used = (part.image,) if isinstance(part, BoxPart) else image_indices(part)
-            for index in used:
-                if not 0 <= index < len(sample.images):
-                    raise SampleError(
-                        f"{here}: names image {index}, but the sample holds {len(sample.images)}; "
-                        f"count from 0 and add the missing picture"
-                    )
-            if isinstance(part, VideoPart) and len(part.frames) != len(part.seconds):
-                raise SampleError(f"{here}: a video has {len(part.frames)} frames but {len(part.seconds)} seconds")
+            _check_part(part, len(sample.images), here)
     shown = {i for item in sample.messages for part in item.parts for i in image_indices(part)}
     unused = sorted(set(range(len(sample.images))) - shown)
     if unused:
@@ -134,6 +128,26 @@ def check(sample: Sample, where: str) -> Sample:
             f"{where}: images {unused} are shown by no message; add an image part where each belongs, or drop them"
         )
     return sample
+
+
+def _check_part(part: Part, images: int, here: str) -> None:
+    match part:
+        case TextPart(text) if not isinstance(text, str):
+            raise SampleError(f"{here}: a text part holds the text {text!r} ({type(text).__name__}); write a string")
+        case BoxPart(image, left, top, right, bottom):
+            used, corners = (image,), (left, top, right, bottom)
+            if not all(isinstance(corner, int | float) for corner in corners):
+                raise SampleError(f"{here}: a box has the corners {corners}; write numbers: left, top, right, bottom")
+        case VideoPart(frames, seconds) if len(frames) != len(seconds):
+            raise SampleError(f"{here}: a video has {len(frames)} frames but {len(seconds)} seconds")
+        case _:
+            used = image_indices(part)
+    for index in used:
+        if not isinstance(index, int) or not 0 <= index < images:
+            raise SampleError(
+                f"{here}: names image {index!r}, but the sample holds {images}; "
+                f"count from 0 and add the missing picture"
+            )
 
 
 def to_json(sample: Sample) -> str:
