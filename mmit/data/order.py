@@ -134,13 +134,17 @@ def _source_order(order: Order, origin: Origin, turn: int) -> Integers:
     key = (order.seed, origin.fingerprint, turn)
     if order.window is None or origin.shards is None:
         return permutation(size, *key)
-    shards = np.unique(origin.shards)
-    shards = shards[permutation(len(shards), *key, "shards")]
-    pieces = []
-    for start in range(0, len(shards), order.window):
-        inside = np.flatnonzero(np.isin(origin.shards, shards[start : start + order.window]))
-        pieces.append(inside[permutation(len(inside), *key, "window", start)])
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+    shards, place = np.unique(origin.shards, return_inverse=True)
+    shuffled = permutation(len(shards), *key, "shards")
+    window = np.argsort(shuffled)[place] // order.window
+    by_window = np.argsort(window, kind="stable")
+    ends = np.searchsorted(window[by_window], np.arange(1, len(shards) // order.window + 1))
+    return np.concatenate(
+        [
+            inside[permutation(len(inside), *key, "window", number * order.window)]
+            for number, inside in enumerate(np.split(by_window, ends))
+        ]
+    )
 
 
 def _interleave(rows: Integers, order: Order, epoch: int) -> Integers:

@@ -244,6 +244,20 @@ def test_an_order_without_samples_says_so_instead_of_looking_for_ever() -> None:
 # Windows ------------------------------------------------------------------------------------------------------------
 
 
+@given(shards=st.lists(st.integers(0, 6), min_size=1, max_size=40).map(sorted), window=st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+def test_a_windowed_order_is_that_of_loops_over_its_windows(shards: list[int], window: int) -> None:
+    """Written out, so that a resumed run goes on in it after any update."""
+    taken = epoch_of(Order((origin(len(shards), shards=np.array(shards)),), 3, 4, window), 0)
+    present = sorted(set(shards))
+    turned = [present[place] for place in permutation(len(present), 3, "a", 0, "shards")]
+    expected = []
+    for start in range(0, len(turned), window):
+        inside = [i for i, shard in enumerate(shards) if shard in turned[start : start + window]]
+        expected += [inside[place] for place in permutation(len(inside), 3, "a", 0, "window", start)]
+    assert indices(taken) == expected
+
+
 @given(shards=st.integers(1, 9), size=st.integers(1, 5), window=st.integers(1, 4), seed=st.integers(0, 20))
 @settings(max_examples=40, deadline=None)
 def test_a_window_touches_few_shards_at_a_time(shards: int, size: int, window: int, seed: int) -> None:
