@@ -22,7 +22,8 @@ class _Inexpressible(Exception):
 
 
 def learn(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """The format that writes, to the letter, what the tokenizer's template writes for conversations of text.
+    """The format that writes, to the letter, what the tokenizer's template writes for conversations of text; but for
+    what may follow the last answer, which no prompt holds and nothing learns.
 
     Raises `ConfigError` with the reason when there is none: no template, a date, reasoning blocks, other logic.
     """
@@ -32,8 +33,8 @@ def learn(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         raise ConfigError(f"chat: auto needs a chat template, but the tokenizer of {name} has none; {remedy}")
     render = _renderer(tokenizer)
     try:
-        format, always_open = _extract(render, tokenizer)
-        _prove(format, render, always_open=always_open)
+        format, ending = _extract(render, tokenizer)
+        _prove(format, render, ending)
     except _Inexpressible as error:
         source = str(tokenizer.chat_template)
         reasoning = " (it handles reasoning blocks)" if "think" in source or "reasoning" in source else ""
@@ -78,20 +79,23 @@ TURNS = tuple(
 )
 
 
-def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFormat, bool]:
-    """The strings found around known words; and whether the template opens the assistant's turn without being asked."""
+def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFormat, tuple[str, str]]:
+    """The strings found around known words; and what follows the last answer in the format and in the template."""
     full, asked, unasked = render(TURNS), render(TURNS[:1], prompt=True), render(TURNS[:1])
     if DATE in _renderer(tokenizer, before=CLOCK)(TURNS, prompt=True):
         raise _Inexpressible("it writes today's date, so a sample would give other ids tomorrow")
-    head, *between, tail = _around(full, [item.text for item in TURNS])
+    head, *between, end = _around(full, [item.text for item in TURNS])
     to_answer, to_user = between[0], between[1]
     if set(between[0::2]) != {to_answer} or set(between[1::2]) != {to_user}:
         raise _Inexpressible("it writes earlier turns otherwise than later ones")
 
     prompt_end, user_after = asked[len(head) + len(USERS[0]) :], unasked[len(head) + len(USERS[0]) :]
-    always_open = asked == unasked
-    if always_open:
-        user_after, tail = (_split_stop(text, tokenizer)[0] for text in (prompt_end, tail))
+    tail, closing = end, tokenizer.eos_token
+    if asked == unasked:  # it opens the assistant's turn without being asked: after the user, or after every message
+        user_after = _split_stop(prompt_end, tokenizer)[0]
+        tail = end if to_user.startswith(end) else _split_stop(end, tokenizer)[0]
+    elif isinstance(closing, str) and not to_user.startswith(end):  # Phi writes eos after a whole conversation
+        user_after, tail = user_after.removesuffix(closing), end.removesuffix(closing)
     if not (prompt_end.startswith(user_after) and to_answer.startswith(prompt_end)):
         raise _Inexpressible("an answer does not begin where its generation prompt leaves off")
     if not to_user.startswith(tail):
@@ -99,8 +103,11 @@ def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFo
     if not tail:
         raise _Inexpressible("it writes nothing after an answer, so a model could not learn to stop")
     user_before = to_user[len(tail) :]
+    if not head.endswith(user_before) and head.endswith(user_before.lstrip() or user_before):
+        user_before = user_before.lstrip()  # Tulu's last answer goes without the line break of earlier ones
+        tail = to_user.removesuffix(user_before)
     stop, assistant_after = _split_stop(tail, tokenizer)
-    start, system, place, default = _system(render, head, user_before, [*between, tail], always_open=always_open)
+    start, system, place, default = _system(render, head, user_before, [*between, end])
     roles: tuple[Role, ...] = ("user", "assistant") if system is None else ("system", "user", "assistant")
     format = ChatFormat(
         name="auto",
@@ -115,11 +122,11 @@ def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFo
         stop=stop,
         strip=tuple(role for role in roles if _strips(render, role)),
     )
-    return format, always_open
+    return format, (tail, end)
 
 
 def _system(
-    render: Render, head: str, user_before: str, rest: Sequence[str], *, always_open: bool
+    render: Render, head: str, user_before: str, rest: Sequence[str]
 ) -> tuple[str, tuple[str, str] | None, Literal["before", "inside"], str | None]:
     """What opens a conversation: start, system strings, their place and the default system text."""
     opening = head.removesuffix(user_before)
@@ -132,7 +139,7 @@ def _system(
             raise _Inexpressible("it opens the first user turn otherwise than later ones")
         return opening, None, "before", None
     before, after, *others = _around(text, [SYSTEM, *(item.text for item in TURNS)])
-    if (others[:-1] if always_open else others) != (rest[:-1] if always_open else rest):
+    if others != rest:
         raise _Inexpressible("with a system text it writes the turns otherwise")
     if after.endswith(user_before):
         after = after.removesuffix(user_before)
@@ -196,7 +203,7 @@ HELD_OUT = (
 )
 
 
-def _prove(format: ChatFormat, render: Render, *, always_open: bool) -> None:
+def _prove(format: ChatFormat, render: Render, ending: tuple[str, str]) -> None:
     """Compares format and template on conversations that the format was not learned from."""
     draw = random.Random(0)
     for number in range(60):
@@ -204,7 +211,9 @@ def _prove(format: ChatFormat, render: Render, *, always_open: bool) -> None:
         if format.system is not None and draw.random() < 0.5:
             turns.insert(0, message("system", draw.choice([text for text in HELD_OUT if text.strip()])))
         for conversation, prompt in ((turns, False), (turns[:-1], True)):
-            ours = written(format, conversation, prompt=prompt or always_open)
+            ours = written(format, conversation, prompt=prompt)
+            if not prompt:
+                ours = ours.removesuffix(ending[0]) + ending[1]
             theirs = render(conversation, prompt=prompt)
             if ours != theirs:
                 place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))

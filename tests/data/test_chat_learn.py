@@ -55,6 +55,14 @@ ALPACA = """{% for m in messages %}{% if m.role == 'user' %}{{ '### Instruction:
 {%- elif m.role == 'assistant' %}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}
 {%- else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"""
+CLOSED = PHI.removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
+LAST_LINE_OPEN = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}
+{%- if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{%- if not (loop.last and m.role == 'assistant') %}{{ '\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+ANSWER_OPENED = """{% for m in messages %}{% if m.role == 'user' %}
+{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n<|im_start|>assistant\n' }}{% elif m.role == 'assistant' %}
+{{- m.content + '<|im_end|>\n' }}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
 TOOLS = "{% if tools %}{{ raise_exception('tools come later') }}{% endif %}" + CHATML
 
 LEARNABLE = {
@@ -68,6 +76,9 @@ LEARNABLE = {
     "llama 2 with a default system text": LLAMA_2.replace("DEFAULT", "'You help.'"),
     "mistral": MISTRAL,
     "phi": PHI,
+    "phi that closes a conversation": CLOSED,
+    "a last answer without its line break": LAST_LINE_OPEN,
+    "a user turn that opens the answer": ANSWER_OPENED,
     "alpaca": ALPACA,
     "chatml with tools": TOOLS,
     "our own twin of vicuna_v1": jinja(CHAT_FORMATS["vicuna_v1"], begin="<s>"),
@@ -88,12 +99,14 @@ def test_a_learned_format_gives_the_ids_of_the_template(name: str) -> None:
         content = [{"role": item.role, "content": item.text} for item in messages]
         whole = made.apply_chat_template(content, tokenize=True, return_dict=True)["input_ids"]
         ours = chat.render(Sample("k", "s", tuple(messages)), []).ids.tolist()
+        if name == "a last answer without its line break":
+            assert ours.pop() == ord("\n")
         assert whole[: len(ours)] == ours
         asked = made.apply_chat_template(content[:-1], tokenize=True, add_generation_prompt=True, return_dict=True)
         prompt = chat.prompt(messages[:-1]).ids.tolist()
         assert prompt == asked["input_ids"]
-        if name != "llama 3 that always opens a turn":
-            assert whole == ours
+        more = {"llama 3 that always opens a turn": chat.format.assistant[0], "phi that closes a conversation": "</s>"}
+        assert made.decode(whole[len(ours) :]) == more.get(name, "")
         assert ours[: len(prompt)] == prompt
 
 
