@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 UNSUPERVISED = -100
-VERSION = 1  # part of the fingerprint: raise it when the same format begins to give other ids
+VERSION = 2  # part of the fingerprint: raise it when the same format begins to give other ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,11 @@ class Chat:
         self._stop_lead = stop[0] if marks and isinstance(stop[0], str) else ""
         self.markers_are_text = self._markers_are_text()
         """True when nothing but plain words parts user from assistant: then a text can imitate a turn."""
-        self._answer_opens_section = not isinstance(
-            (self.structure(format.user[1] + format.assistant[0]) or [0])[-1], str
-        )
+        self.after_picture: Section = "first" if format.picture_ends_text else "start"
+        opening = self.structure(format.user[1] + format.assistant[0])
+        self._answer_begins: Section = self.after_picture if not opening else "start"
+        if opening and isinstance(opening[-1], str):
+            self._answer_begins = "inside"
         described = [VERSION, asdict(self.format), placeholder, self.begin, self.text.description]
         self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -119,8 +121,7 @@ class Chat:
         text = self.text.decode([int(number) for number in ids[:end]])
         if self.stop_text and self.stop_text in text:
             text = text[: text.index(self.stop_text)]
-        if self._answer_opens_section:
-            text = text.removeprefix(self.text.prefix("x", "start").replace("▁", " "))
+        text = text.removeprefix(self.text.prefix("x", self._answer_begins).replace("▁", " "))
         return text.removeprefix(self.format.lead).removesuffix(self._stop_lead)
 
     def template(self) -> str:
@@ -128,10 +129,11 @@ class Chat:
         names = {number: content for content, number in self.text.special.items()}
         image = "<image>" if self.placeholder is None else names.get(self.placeholder, "<image>")
         begin = "".join(names[number] for number in self.begin)
-        if begin and self._opens_with_text() and not self.text.prefix("x", "start"):
-            # A tokenizer that puts a space before its first text alone does not do so after a bos that is written out.
-            begin += self.text.prefix("x", "first").replace("▁", " ")
-        return jinja(self.format, begin=begin, image=image)
+        # A tokenizer that puts a space before its first text alone does not do so after a token that is written out.
+        space = "" if self.text.prefix("x", "start") else self.text.prefix("x", "first").replace("▁", " ")
+        if begin and self._opens_with_text():
+            begin += space
+        return jinja(self.format, begin=begin, image=image, space=space if self.format.picture_ends_text else "")
 
     def _opens_with_text(self) -> bool:
         """Whether words, and no control token or picture, come first."""
@@ -233,7 +235,7 @@ class _Tape:
         start = len(self.ids)
         self.put(piece, [self.chat.placeholder] * self.image_tokens[piece.picture])
         self.images.append((start, len(self.ids), piece.picture))
-        self.section = "start"
+        self.section = self.chat.after_picture
 
     def flush(self) -> None:
         """Tokenizes the run so far."""

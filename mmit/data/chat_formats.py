@@ -45,6 +45,9 @@ class ChatFormat:
     """The roles whose texts lose the whitespace at the edges of the message."""
     pictures_only: bool = False
     """Only pictures are kept of messages that are not the assistant's, as in LLaVA's first stage."""
+    picture_ends_text: bool = False
+    """What follows a picture is a new text, with the space that some tokenizers put before their first text alone: so
+    LLaVA cuts a conversation at its pictures (`tokenizer_image_token`), and so its weights learned it."""
     needs: tuple[str, ...] = ()
     """Tokens without which the format makes no sense."""
 
@@ -61,7 +64,9 @@ LLAVA_LLAMA_2_SYSTEM = (
 
 # The strings of vicuna_v1, plain and llava_llama_2 are LLaVA's (llava/conversation.py): they must match its weights.
 CHAT_FORMATS: dict[str, ChatFormat] = {
-    "plain": ChatFormat("plain", user=("", ""), assistant=("", ""), stop="\n", pictures_only=True),
+    "plain": ChatFormat(
+        "plain", user=("", ""), assistant=("", ""), stop="\n", pictures_only=True, picture_ends_text=True
+    ),
     "vicuna_v1": ChatFormat(
         "vicuna_v1",
         system=("", " "),
@@ -70,6 +75,7 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
         assistant=("ASSISTANT:", ""),
         lead=" ",
         stop=None,
+        picture_ends_text=True,
     ),
     "chatml": ChatFormat(
         "chatml",
@@ -115,6 +121,7 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
         lead=" ",
         stop=" </s>",
         needs=("<s>", "</s>"),
+        picture_ends_text=True,
     ),
 }
 
@@ -266,15 +273,19 @@ def find_placeholder(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None
 
 
-def jinja(format: ChatFormat, *, begin: str = "", image: str = "<image>") -> str:
+def jinja(format: ChatFormat, *, begin: str = "", image: str = "<image>", space: str = "") -> str:
     """The format as a Jinja template that writes the same text, with markers around what is learned.
 
-    `begin` is the text of what the tokenizer itself puts first; a picture (`{"type": "image"}`) is written as `image`.
+    `begin` is the text of what the tokenizer itself puts first; a picture (`{"type": "image"}`) is written as `image`,
+    and before a text that follows one `space`.
     A format whose `stop` is None ends answers with the variable `eos_token`.
     """
     assistant, user = format.assistant, format.user
     body = "body(message['content'], {}, {})"
-    lines = [_BODY.replace("IMAGE", _quoted(image))]
+    body_of = (
+        _BODY.replace("{%- for part in content -%}\n", _SPACED.replace("SPACE", _quoted(space))) if space else _BODY
+    )
+    lines = [body_of.replace("IMAGE", _quoted(image))]
     system = format.system if not format.pictures_only else None
     if system is None:
         refuse = "" if format.pictures_only else _refuse("system")
@@ -306,7 +317,8 @@ def jinja(format: ChatFormat, *, begin: str = "", image: str = "<image>") -> str
     text = body.format(_flag("assistant" in format.strip), "true")
     stop = "eos_token" if format.stop is None else _quoted(format.stop)
     lines += ["{%- elif message['role'] == 'assistant' -%}", f"{{{{- {_quoted(assistant[0])} -}}}}"]
-    lines += [f"{{%- generation -%}}{{{{- {_quoted(format.lead)} ~ {text} ~ {stop} -}}}}{{%- endgeneration -%}}"]
+    lead = format.lead + (space if format.pictures_only else "")
+    lines += [f"{{%- generation -%}}{{{{- {_quoted(lead)} ~ {text} ~ {stop} -}}}}{{%- endgeneration -%}}"]
     lines += [f"{{{{- {_quoted(assistant[1])} -}}}}"]
     lines += ["{%- else -%}", "{{- raise_exception('no place for a message of the role ' ~ message['role']) -}}"]
     lines += ["{%- endif -%}", "{%- endfor -%}"]
@@ -334,6 +346,17 @@ _BODY = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}"""
+
+_SPACED = """\
+{%- set pictures = namespace(last=false) -%}
+{%- for part in content -%}
+{%- if texts and part['type'] != 'image' and part['text'] -%}
+{%- if pictures.last and not part['text'].startswith(' ') -%}{{- SPACE -}}{%- endif -%}
+{%- set pictures.last = false -%}
+{%- elif part['type'] == 'image' -%}
+{%- set pictures.last = true -%}
+{%- endif -%}
+"""
 
 
 def _refuse(role: str) -> str:

@@ -179,7 +179,8 @@ def test_ids_and_labels_equal_a_whole_rendering_with_character_spans(tokenizer: 
             system = ""
             if turn == 0 and chat.format.system and chat.format.default_system:
                 system = chat.format.default_system.join(chat.format.system)
-            text += opening + system + "<image>" * 3 + question + closing + chat.format.assistant[0]
+            space = " " if tokenizer == "metaspace_first" else ""  # which a tokenizer puts before its first text alone
+            text += opening + system + "<image>" * 3 + space + question + closing + chat.format.assistant[0]
             spans.append((len(text), len(text) + len(lead + answer + (chat.format.stop or ""))))
             text += lead + answer + (chat.format.stop or "") + chat.format.assistant[1]
             messages += [message("user", ImagePart(0), question), message("assistant", answer)]
@@ -211,23 +212,26 @@ def test_a_prompt_with_a_control_token_in_text_is_that_of_the_sanitizer_of_trans
 
 
 def llava_v1(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """Ids and labels of LLaVA's v1 training, worked out from its recipe: one string, cut at the images, each stretch
-    tokenized with bos and joined; a round's mask reaches through `ASSISTANT:`, the rest and `</s>` are learned."""
+    """Ids and labels of LLaVA's v1 training, worked out from its recipe: one string, cut at the pictures, each stretch
+    tokenized by itself and joined without the later bos; of a round, what follows `ASSISTANT:` is learned."""
     system = CHAT_FORMATS["vicuna_v1"].default_system or ""
-    ids, labels = [tokenizer.bos_token_id], [-100]
-    for number, (question, answer) in enumerate(turns):
-        masked = (f"{system} " if number == 0 else "") + f"USER: {question} ASSISTANT:"
-        for place, stretch in enumerate(masked.split("<image>")):
-            new = [tokenizer.convert_tokens_to_ids("<image>")] * (place > 0) + tokenizer(stretch)["input_ids"][1:]
-            ids, labels = ids + new, labels + [-100] * len(new)
+    whole = f"{system} " + "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
+    ids = [tokenizer.bos_token_id]
+    for place, stretch in enumerate(whole.split("<image>")):
+        ids += [tokenizer.convert_tokens_to_ids("<image>")] * (place > 0) + tokenizer(stretch)["input_ids"][1:]
+    labels, end = [-100] * len(ids), len(ids)
+    for _, answer in reversed(turns):
         # The answer's first token carries the space; a word of its own begins the same way.
-        new = [*tokenizer(answer)["input_ids"][1:], tokenizer.eos_token_id]
-        ids, labels = ids + new, labels + new
+        learned = [*tokenizer(answer)["input_ids"][1:], tokenizer.eos_token_id]
+        end = max(place for place in range(end) if ids[place : place + len(learned)] == learned)
+        labels[end : end + len(learned)] = learned
     return ids, labels
 
 
-def test_vicuna_v1_gives_the_ids_and_labels_of_llava() -> None:
-    made = metaspace("always")
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_vicuna_v1_gives_the_ids_and_labels_of_llava(scheme: str) -> None:
+    """`first` is how transformers reads Vicuna's tokenizer (`legacy: false`)."""
+    made = metaspace(scheme)
     chat = resolve("vicuna_v1", made, placeholder=made.convert_tokens_to_ids("<image>"))
     turns = [("<image>\nwhat is in the picture?", "two cats"), ("and a dog?", "yes, next to them.\n\nThe dog sleeps")]
     messages = [
@@ -237,11 +241,15 @@ def test_vicuna_v1_gives_the_ids_and_labels_of_llava() -> None:
         message("assistant", turns[1][1]),
     ]
     rendered = chat.render(Sample("k", "s", tuple(messages), (Picture(1, 1, "a", "png"),)), [1])
-    assert (ids_of(rendered), rendered.labels.tolist()) == llava_v1(made, turns)
+    ids, labels = llava_v1(made, turns)
+    assert ids_of(rendered) == ids
+    assert rendered.labels.tolist() == labels
 
 
-def test_plain_learns_caption_and_newline_after_bos_and_picture() -> None:
-    made = metaspace("always")
+@pytest.mark.parametrize("tokenizer", ["metaspace_always", "metaspace_first", "metaspace_prepend", "byte_level"])
+def test_plain_learns_caption_and_newline_after_bos_and_picture(tokenizer: str) -> None:
+    """As LLaVA does, which tokenizes what follows a picture as a text of its own (`tokenizer_image_token`)."""
+    made = TOKENIZERS[tokenizer]()
     chat = resolve("plain", made, placeholder=made.convert_tokens_to_ids("<image>"))
     sample = Sample(
         "k",
@@ -250,12 +258,12 @@ def test_plain_learns_caption_and_newline_after_bos_and_picture() -> None:
         (Picture(1, 1, "a", "png"),),
     )
     rendered = chat.render(sample, [4])
-    names = made.convert_ids_to_tokens(rendered.ids.tolist())
-    caption = made.tokenize("two cats on a sofa")
-    assert names == ["<s>", *["<image>"] * 4, *caption, "\n"]
-    assert rendered.labels.tolist() == [-100] * 5 + rendered.ids[5:].tolist()
+    begin = [made.bos_token_id] if made.bos_token_id is not None else []
+    learned = made("two cats on a sofa\n", add_special_tokens=False)["input_ids"]
+    assert ids_of(rendered) == [*begin, *[chat.placeholder] * 4, *learned]
+    assert rendered.labels.tolist() == [-100] * (4 + len(begin)) + learned
     assert chat.stop_text == "\n"
-    assert chat.decode(rendered.ids[5:].tolist()) == "two cats on a sofa"
+    assert chat.decode(learned) == "two cats on a sofa"
 
 
 def test_plain_refuses_a_sample_without_picture() -> None:
@@ -322,9 +330,13 @@ def test_the_jinja_twin_writes_the_same_text(tokenizer: str, format: str) -> Non
             ]
             laid = pieces(chat.format, messages, where="test", prompt=prompt)
             begin = "".join(made.convert_ids_to_tokens(chat.begin))
-            if (tokenizer, format) == ("metaspace_first", "vicuna_v1"):
-                begin += " "  # this tokenizer puts it there itself, but not after a bos that is written out
-            ours = "".join({"begin": begin, "image": "<image>"}.get(piece.kind, piece.text) for piece in laid)
+            first = tokenizer == "metaspace_first"  # writes a space by itself, but not after what is written out
+            begin += " " if (first and format == "vicuna_v1") else ""
+            ours, after_picture = "", False
+            for piece in laid:
+                text = {"begin": begin, "image": "<image>"}.get(piece.kind, piece.text)
+                ours += " " if first and after_picture and piece.kind == "text" and not text.startswith(" ") else ""
+                ours, after_picture = ours + text, piece.kind == "image" or (after_picture and not text)
             theirs = made.apply_chat_template(
                 content, chat_template=chat.template(), tokenize=False, add_generation_prompt=prompt
             )
