@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def rate(step: int, total: int, schedule: str, *, warmup: float, final: float) -
 
     The first step already has a rate above zero (transformers' schedulers waste it), the last one ends above `final`.
     """
-    warm = math.ceil(warmup * total)
+    warm = math.ceil(Fraction(str(warmup)) * total)  # 0.07 * 100 is more than 7 in floating point
     if step < warm:
         return (step + 1) / warm
     progress = (step - warm) / max(total - warm, 1)

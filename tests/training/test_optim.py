@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def test_schedules_are_those_of_transformers_after_the_warm_up(kind: Any) -> Non
         scheduler.step()
 
 
+def test_the_steps_of_warm_up_are_counted_without_rounding() -> None:
+    """0.07 of 100 steps are 7; in floating point a little more, so that the peak came a step late."""
+    assert [rate(step, 100, "cosine", warmup=0.07, final=0.0) for step in (5, 6)] == [6 / 7, 1]
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("total", [1, 2, 3, 100])
 @pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5, 0.99])
@@ -60,7 +66,7 @@ def test_every_step_has_a_rate_above_zero_and_at_most_the_peak(schedule: str, to
     shares = [rate(step, total, schedule, warmup=warmup, final=0.0) for step in range(total)]
     assert all(0 < share <= 1 for share in shares)
     assert max(shares) == 1
-    warm = math.ceil(warmup * total)
+    warm = math.ceil(Fraction(str(warmup)) * total)
     assert shares[:warm] == sorted(shares[:warm])
     assert shares[warm:] == sorted(shares[warm:], reverse=True)
 
@@ -131,5 +137,6 @@ def test_llava_recipes_have_the_published_numbers(file: str, name: int, expected
     assert (wanted.schedule, wanted.warmup, wanted.weight_decay) == ("cosine", 0.03, 0.0)
     assert wanted.epochs in (None, 1)
     assert wanted.steps is None
+    assert wanted.data[0].options == ({"image_first": True} if wanted.name == "sft" else {})
     if wanted.train.language is not None and wanted.train.language.lora is not None:
         assert (wanted.train.language.lora.rank, wanted.train.language.lora.alpha) == (128, 256)
