@@ -262,6 +262,11 @@ PLACEHOLDERS = (
 """Tokens that stand for a picture or for nothing yet, in the order of preference."""
 
 
+def stands_for_nothing(token: str) -> bool:
+    """Whether it is one of `PLACEHOLDERS`, so neither text nor part of any chat format."""
+    return any(re.fullmatch(pattern, token) for pattern in PLACEHOLDERS)
+
+
 def find_placeholder(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of an added token that is free to stand for image tokens; None: add a row to the embeddings."""
     added = cast(Mapping[int, AddedToken], tokenizer.added_tokens_decoder)

@@ -6,7 +6,6 @@ Everything is built and merged in fp32; `set_trained` then gives frozen parts th
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,16 +16,17 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
+from mmit.data.chat_formats import stands_for_nothing
 from mmit.data.images import PictureFit, Policy
 from mmit.model.files import provenance
+from mmit.model.pretrained import load_tokenizer, load_whole
 from mmit.model.projector import build_projector
 from mmit.model.projector_file import start_projector
 from mmit.model.vision import CachedTower, VisionTower, build_vision
@@ -105,10 +105,8 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
     vision, projector, placeholder = None, None, None
     if model.vision is not None:
         assert model.projector is not None
-        placeholder = find_placeholder(tokenizer)
-        if placeholder is None:
-            placeholder = add_placeholder(tokenizer, language)
-            fresh |= {f"language.{name}" for name in vocabulary_parameters(language)}
+        placeholder, added = placeholder_of(tokenizer, language)
+        fresh |= added
         vision = build_vision(model.vision)
         if model.vision.random is None:
             sources["vision"] = {"name": model.vision.name, "fingerprint": vision.fingerprint()}
@@ -128,6 +126,8 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
 
 
 def _add_tokens(assembly: Assembly, tokens: Sequence[str]) -> None:
+    if not all(token.strip() for token in tokens):
+        raise ConfigError(f"model.add_tokens: {tokens}: a token of nothing but whitespace is text; remove it")
     known = [token for token in tokens if token in assembly.tokenizer.get_vocab()]
     if known or len(set(tokens)) < len(tokens):
         raise ConfigError(f"model.add_tokens: {', '.join(known) or 'a token twice'}: is a token already; remove it")
@@ -254,10 +254,16 @@ def set_modes(assembly: Assembly, train: schema.Train, *, gradient_checkpointing
         part.train(train.model_dump()[name] is not None or (gradient_checkpointing and name == "language"))
 
 
-def add_placeholder(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel) -> int:
-    """A new special token for pictures; never a label. Returns its id."""
-    (placeholder,) = add_rows(tokenizer, language, ["<image>"])
-    return placeholder
+def placeholder_of(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel) -> tuple[int, set[str]]:
+    """The id that stands for pictures, never a label; and the parameters that now have a row no file holds."""
+    placeholder = find_placeholder(tokenizer)
+    if placeholder is None:
+        (placeholder,) = add_rows(tokenizer, language, ["<image>"])
+    elif placeholder >= len(embedding_table(language)):
+        _grow(language, placeholder + 1, known=len(tokenizer))
+    else:
+        return placeholder, set()
+    return placeholder, {f"language.{name}" for name in vocabulary_parameters(language)}
 
 
 def add_rows(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel, tokens: Sequence[str]) -> list[int]:
@@ -265,14 +271,19 @@ def add_rows(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel, toke
     known = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
     ids = [cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens]
-    rows = len(embedding_table(language))
-    if max(ids) >= rows:
-        language.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    with torch.no_grad():
-        for name in vocabulary_parameters(language):
-            weight = language.get_parameter(name)
-            weight[ids] = weight[: min(rows, known)].float().mean(0).to(weight.dtype)
+    _grow(language, max(ids) + 1, known=known, ids=ids)
     return ids
+
+
+@torch.no_grad()
+def _grow(language: PreTrainedModel, wanted: int, *, known: int, ids: Sequence[int] = ()) -> None:
+    """At least `wanted` rows; the new ones, and those of `ids`, become the mean of the rows before (of `known`)."""
+    rows = len(embedding_table(language))
+    if wanted > rows:
+        language.resize_token_embeddings(wanted, mean_resizing=False)
+    for name in vocabulary_parameters(language):
+        weight = language.get_parameter(name)
+        weight[[*ids, *range(rows, wanted)]] = weight[: min(rows, known)].float().mean(0).to(weight.dtype)
 
 
 def embedding_rms(language: PreTrainedModel) -> float:
@@ -293,42 +304,35 @@ def _language(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     attention = attention_implementation(attention_wanted)
     if isinstance(wanted, str):
-        language = from_hub(
-            lambda: AutoModelForCausalLM.from_pretrained(wanted, dtype=torch.float32, attn_implementation=attention),
-            "model.language",
-            wanted,
-        )
-        return language, load_tokenizer(wanted)
+        language = load_whole(AutoModelForCausalLM, "model.language", wanted, attn_implementation=attention)
+        tokenizer = load_tokenizer(wanted)
+        _check_rows(tokenizer, language, f"model.language: {wanted}")
+        return language, tokenizer
     settings = dict(wanted.random)
     tokenizer = byte_tokenizer() if wanted.tokenizer == "bytes" else load_tokenizer(wanted.tokenizer)
     try:
         settings.setdefault("vocab_size", len(tokenizer))
         language_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         language = AutoModelForCausalLM.from_config(language_config, attn_implementation=attention)
-    except (KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # configurations and models raise whatever does not fit together in them
         raise ConfigError(f"model.language.random: {error}; give a transformers model_type and its sizes") from None
+    _check_rows(tokenizer, language, "model.language.random")
     return language.to(torch.float32), tokenizer
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(name), "tokenizer", name)
-    if not tokenizer.is_fast:
-        raise ConfigError(f"{name}: its tokenizer has no fast version (tokenizer.json), which mmit needs")
-    return tokenizer
-
-
-def from_hub(load: Any, key: str, name: str) -> Any:
-    """What `load()` gives; ConfigError if the files of `name` cannot be had or would run code of their own."""
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # in a log, a bar is a line of its own for every tensor
-    try:
-        return load()
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+def _check_rows(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel, where: str) -> None:
+    """ConfigError if the tokenizer has a token without a row, but for tokens that stand for pictures or for nothing:
+    text never holds those, and `add_rows` gives one its row when it is needed (Gemma 3 1B comes that way)."""
+    rows = len(embedding_table(language))
+    bare = [
+        token for token, number in tokenizer.get_vocab().items() if number >= rows and not stands_for_nothing(token)
+    ]
+    if bare:
         raise ConfigError(
-            f"{key}: cannot load {name!r} ({reason}); name a folder with its files, or a hub model that this machine "
-            f"has cached or can reach"
-        ) from None
+            f"{where}: the tokenizer has {len(bare)} tokens ({', '.join(sorted(bare)[:3])}"
+            f"{', ...' if len(bare) > 3 else ''}) beyond the {rows} rows of the model's embeddings; take them out of "
+            f"the tokenizer's files, and write those that are to be learned into model.add_tokens"
+        )
 
 
 def attention_implementation(wanted: str) -> str | None:

@@ -37,12 +37,12 @@ def projector_tensors(file: Path, where: str) -> dict[str, Tensor]:
     """All tensors of a file, a pickle of them read without running what it may hold."""
     if not file.is_file():
         raise ConfigError(f"{where}: no such file; name a model.safetensors or an mm_projector.bin")
-    if file.suffix == ".safetensors":
-        return read_tensors(file)
-    log.warning("%s is a pickle: read with weights_only=True, so no code in it runs; safetensors is safer", file)
     try:
+        if file.suffix == ".safetensors":
+            return read_tensors(file)
+        log.warning("%s is a pickle: read with weights_only=True, so no code in it runs; safetensors is safer", file)
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises whatever a foreign file leads it into
+    except Exception as error:  # readers raise whatever a foreign file leads them into
         raise ConfigError(f"{where}: cannot be read as tensors ({type(error).__name__})") from None
     if not isinstance(found, Mapping):
         raise ConfigError(f"{where}: holds a {type(found).__name__}, expected names and tensors")

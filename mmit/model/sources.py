@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,22 +28,20 @@ from transformers.utils.hub import cached_file
 
 from mmit import config as schema
 from mmit.config import ConfigError
-from mmit.data.chat_formats import ChatFormat, find_placeholder
+from mmit.data.chat_formats import ChatFormat
 from mmit.data.images import Policy
 from mmit.model.build import (
     Assembly,
-    add_placeholder,
     attention_implementation,
-    from_hub,
-    load_tokenizer,
     merge_lora,
-    vocabulary_parameters,
+    placeholder_of,
 )
 from mmit.model.files import file_sha256, provenance
+from mmit.model.pretrained import from_hub, load_tokenizer, load_whole
 from mmit.model.projector import MlpProjector
 from mmit.model.projector_file import fill_projector, projector_tensors
 from mmit.model.tower_parts import Pixels, channels
-from mmit.model.towers_transformers import FILTERS, cut_tower, family_of, processor_side
+from mmit.model.towers_transformers import cut_tower, family_of, processor_filter, processor_side
 from mmit.model.vision import Select, VisionTower, build_vision
 from mmit.model.vlm import VLM, embedding_table
 
@@ -51,14 +49,23 @@ RECORD = "mmit.json"
 LLAVA_REPOSITORY = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 """`model_type` in the LLaVA repository -> of the language model in transformers."""
 
+PLAIN_LLAVA: dict[str, tuple[Any, ...]] = {
+    "mm_use_im_start_end": (None, False),
+    "mm_patch_merge_type": (None, "flat"),
+    "mm_resampler_type": (None,),
+    "image_aspect_ratio": (None, "square", "pad"),
+    "s2": (None, False),
+}
+"""Keys of the LLaVA repository's config.json and the values under which a picture is one square of patches."""
+
 
 def assemble_source(model: schema.Model, *, seed: int, cache: Path | None) -> Assembly:
     """The parts of `model.source` in fp32 on the CPU, nothing fresh: every tensor has its file."""
     assert model.source is not None
     name = model.source
     folder = Path(name)
-    if (folder / "model.json").exists() or (folder / "final/model.json").exists():
-        return _from_run(folder, cache)
+    if any((folder / place).exists() for place in ("model.json", "final/model.json", "checkpoints")):
+        return _from_run(folder, cache)  # which says so if it is not finished
     raw, _ = from_hub(lambda: PreTrainedConfig.get_config_dict(name), "model.from", name)
     if any(key.startswith("mm_") for key in raw):
         return _from_llava_repository(name, raw, model, cache)
@@ -124,16 +131,7 @@ def _from_llava(name: str, model: schema.Model, cache: Path | None) -> Assembly:
         raise ConfigError(f"{where} joins the hidden states {layer}; only models that read one can be gone on from")
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise ConfigError(f"{where}: its projector is not linear, GELU, linear with biases, as mmit's is")
-    twin, found = from_hub(
-        lambda: cast(Any, LlavaForConditionalGeneration).from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        ),
-        "model.from",
-        name,
-    )
-    lost = sorted(found["missing_keys"]) + [str(key) for key in found["mismatched_keys"]]
-    if lost:
-        raise ConfigError(f"{where} lacks {len(lost)} tensors of its own class ({lost[:3]}); name a whole checkpoint")
+    twin = load_whole(LlavaForConditionalGeneration, "model.from", name)
     pixels, policy = _pixels(name, config.vision_config.image_size, where)
     family = family_of(config.vision_config.model_type, name)
     parts = cut_tower(twin.model.vision_tower, family, pixels, layer)
@@ -181,18 +179,20 @@ def _speaking_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def _pixels(name: str, side: int, where: str) -> tuple[Pixels, Policy]:
     """How the model's own processor fits and normalises pictures."""
     record, _ = from_hub(lambda: ImageProcessingMixin.get_image_processor_dict(name), "model.from", name)
-    resample = int(record.get("resample", 3))
-    if resample not in FILTERS or processor_side(record) != side:
-        raise ConfigError(
-            f"{where}: its processor makes pictures of {processor_side(record)} pixels with filter {resample}; "
-            f"mmit makes squares of the tower's side, {side}, with 3 (bicubic) or 2 (bilinear)"
-        )
+    about = f"{where}: its image processor"
+    interpolation, size = processor_filter(record, about), record.get("size", {})
     policy: Policy = "squash"
     if record.get("do_pad"):
         policy = "pad"
     elif record.get("do_center_crop"):
         policy = "crop"
-    return Pixels(side, channels(record["image_mean"]), channels(record["image_std"]), FILTERS[resample]), policy
+    scaled = size if isinstance(size, int) else size.get("height" if policy == "squash" else "shortest_edge")
+    if processor_side(record, about) != side or scaled != side:
+        raise ConfigError(
+            f"{about} scales pictures to {size} and crops to {record.get('crop_size')}; mmit makes squares of the "
+            f"tower's side, {side}, by {{shortest_edge: {side}}} and a crop of {side}, or by {side} x {side}"
+        )
+    return Pixels(side, channels(record["image_mean"]), channels(record["image_std"]), interpolation), policy
 
 
 def _select(strategy: str, has_cls: bool, prefix: int, where: str) -> Select:
@@ -221,27 +221,25 @@ def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Mode
     depth = {"linear": 1, "mlp2x_gelu": 2}.get(str(raw.get("mm_projector_type", "linear")))
     if depth is None:
         raise ConfigError(f"{where}: mm_projector_type {raw['mm_projector_type']!r}; mmit has linear and mlp2x_gelu")
+    for key, plain in PLAIN_LLAVA.items():
+        if raw.get(key) not in plain:
+            raise ConfigError(
+                f"{where}: its config.json has {key} {raw[key]!r}, a way of showing pictures that mmit does not have; "
+                f"name a model like LLaVA-1.5, which shows one square of patches a picture"
+            )
     sizes = {key: value for key, value in raw.items() if not key.startswith("mm_") and key != "model_type"}
     config = AutoConfig.for_model(LLAVA_REPOSITORY[kind], **sizes)
-    language = from_hub(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation=attention_implementation(model.attention)
-        ),
-        "model.from",
-        name,
-    )
+    attention = attention_implementation(model.attention)
+    language = load_whole(AutoModelForCausalLM, "model.from", name, config=config, attn_implementation=attention)
     select: Select = "cls_patch" if raw.get("mm_vision_select_feature") == "cls_patch" else "patch"
     layer = int(raw.get("mm_vision_select_layer", -2))
     vision = build_vision(schema.Vision(library="transformers", name=_tower(folder, tower), layer=layer, select=select))
     projector = MlpProjector(vision.dim, embedding_table(language).shape[1], depth=depth)
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-    tensors = {key: value for file in files for key, value in projector_tensors(file, where).items()}
+    tensors = _beside_the_language(folder, where)
     fill_projector(projector, {key: value for key, value in tensors.items() if "mm_projector" in key}, where)
+    _fill_tower(vision, tensors, where, trained=bool(raw.get("unfreeze_mm_vision_tower")))
     tokenizer = load_tokenizer(name)
-    placeholder, fresh = find_placeholder(tokenizer), set()
-    if placeholder is None:
-        placeholder = add_placeholder(tokenizer, language)
-        fresh = {f"language.{parameter}" for parameter in vocabulary_parameters(language)}
+    placeholder, fresh = placeholder_of(tokenizer, language)
     assembly = Assembly(
         vlm=VLM(vision, projector, language),
         tokenizer=tokenizer,
@@ -255,6 +253,38 @@ def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Mode
     )
     assembly.vlm.requires_grad_(False)
     return assembly
+
+
+def _beside_the_language(folder: Path, where: str) -> dict[str, Tensor]:
+    """Projector and, if it was trained, tower from the files of the whole model; the projector else from its own."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    found = {}
+    for file in [folder / "mm_projector.bin", *files]:  # the file of the first stage gives way to the whole model's
+        if file.exists():
+            wanted = ("mm_projector", "vision_tower")
+            found |= {k: v for k, v in projector_tensors(file, where).items() if any(part in k for part in wanted)}
+    return found
+
+
+@torch.no_grad()
+def _fill_tower(vision: VisionTower, tensors: Mapping[str, Tensor], where: str, *, trained: bool) -> None:
+    """Copies a tower in that was trained with the model; ConfigError if there is one and a part of it is missing."""
+    mark = "vision_tower.vision_model."
+    found = {key.split(mark, 1)[1]: value for key, value in tensors.items() if mark in key}
+    if not found and not trained:
+        return
+    places = dict(vision.encoder.named_parameters())
+    if vision.above[0] is not None:  # kept for an export
+        above = vision.above[0].named_parameters()
+        places |= {f"encoder.layers.{vision.blocks}.{name}": value for name, value in above}
+    lost = [name for name, value in places.items() if name not in found or found[name].shape != value.shape]
+    if lost:
+        raise ConfigError(
+            f"{where}: its tower was trained, but the files lack {len(lost)} of its tensors ({', '.join(lost[:3])}, "
+            f"...); name a whole checkpoint"
+        )
+    for name, value in places.items():
+        value.copy_(found[name])
 
 
 def _tower(folder: Path, name: str) -> str:

@@ -88,7 +88,10 @@ def _random_open_clip(spec: Vision) -> tuple[nn.Module, Pixels]:
     except TypeError as error:
         fields = ", ".join(open_clip.CLIPVisionCfg.__dataclass_fields__)
         raise ConfigError(f"model.vision.random: {error}; the fields are {fields}, quick_gelu") from error
-    visual = open_clip.CLIP(known.get("embed_dim", vision.width), vision, text, quick_gelu=quick_gelu).visual
+    try:
+        visual = open_clip.CLIP(known.get("embed_dim", vision.width), vision, text, quick_gelu=quick_gelu).visual
+    except Exception as error:  # sizes that do not fit together, names that timm does not know
+        raise ConfigError(f"model.vision.random: {error}") from error
     side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
     if isinstance(visual, TimmModel):
         visual.set_input_size(side)
@@ -114,8 +117,13 @@ def _load_open_clip(spec: Vision) -> tuple[nn.Module, Pixels]:
             pretrained_text=False,
             require_pretrained=True,
         )
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(f"model.vision: open_clip cannot load {spec.name}, {spec.pretrained}: {error}") from error
+    except Exception as error:  # open_clip raises whatever the file or the Hub leads it into
+        weights = f", {spec.pretrained}" if spec.pretrained is not None else ""
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(
+            f"model.vision: open_clip cannot load {spec.name}{weights} ({type(error).__name__}: {reason}); name whole "
+            f"weights, or a tag that this machine has cached or can reach"
+        ) from error
     visual = cast(Any, model).visual
     record = visual.preprocess_cfg
     if record["interpolation"] not in ("bicubic", "bilinear"):
@@ -183,13 +191,18 @@ def _check_file(spec: Vision, config: dict[str, Any]) -> dict[str, Any]:
 def _check_positions(spec: Vision, config: dict[str, Any], path: Path) -> None:
     """ConfigError if the weights were trained at another side: open_clip would interpolate without a word."""
     name = "visual.positional_embedding"
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            rows = file.get_slice(name).get_shape()[0] if name in file.keys() else None  # noqa: SIM118 - not a dict
-    else:
-        log.warning("%s is a pickle: read with weights_only=True; safetensors is safer and faster", path)
-        tensors: Any = open_clip.factory.load_state_dict(str(path), weights_only=True)
-        rows = len(tensors[name]) if name in tensors else None
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                rows = file.get_slice(name).get_shape()[0] if name in file.keys() else None  # noqa: SIM118 - not a dict
+        else:
+            log.warning("%s is a pickle: read with weights_only=True; safetensors is safer and faster", path)
+            tensors: Any = open_clip.factory.load_state_dict(str(path), weights_only=True)
+            rows = len(tensors[name]) if name in tensors else None
+    except Exception as error:  # readers raise whatever a damaged file leads them into
+        raise ConfigError(
+            f"model.vision.pretrained: {path} cannot be read as tensors ({type(error).__name__}); fetch it again"
+        ) from error
     patch, side = config["vision_cfg"].get("patch_size", 16), config["vision_cfg"].get("image_size", 224)
     if rows is not None and rows != (side // patch) ** 2 + 1:
         trained = round((rows - 1) ** 0.5) * patch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mmit.config import ConfigError, Vision
+from mmit.model.pretrained import from_hub, has_file, load_whole
 from mmit.model.tower_parts import (
     CLIP_MEAN,
     CLIP_STD,
@@ -81,9 +82,10 @@ def transformers_tower(spec: Vision) -> TowerParts:
     model_type, config = _transformers_config(spec)
     family = family_of(model_type, spec.name or "random")
     pixels = _transformers_pixels(spec, family, config)
-    check_side(spec, config.patch_size)
+    if spec.side != config.image_size:  # its own side may leave a rest, as 384 / 14 of SigLIP does
+        check_side(spec, config.patch_size)
     blocks_below(spec.layer, config.num_hidden_layers)
-    model = family.model(config) if spec.random is not None else _load_transformers(spec.name, family)
+    model = _model(spec, family, config)
     _resize_positions(cast(Any, model), pixels.side)
     return cut_tower(model, family, pixels, spec.layer)
 
@@ -125,23 +127,33 @@ def cut_tower(model: Any, family: Family, pixels: Pixels, layer: int) -> TowerPa
     return TowerParts(model, family.hidden_state, pixels, layout, above)
 
 
+def _model(spec: Vision, family: Family, config: Any) -> Any:
+    if spec.random is None:
+        return load_whole(family.model, "model.vision.name", spec.name)
+    try:
+        return family.model(config)
+    except Exception as error:  # sizes that do not fit together
+        raise ConfigError(f"model.vision.random: {error}") from error
+
+
 def _transformers_config(spec: Vision) -> tuple[str, Any]:
     """model_type and the configuration of the vision part."""
-    try:
-        if spec.random is not None:
-            sizes = dict(spec.random)
-            model_type = sizes.pop("model_type", None)
-            if model_type not in FAMILIES or model_type in ("clip", "siglip"):
-                known = ", ".join(name for name in FAMILIES if name not in ("clip", "siglip"))
-                raise ConfigError(f"model.vision.random.model_type: found {model_type!r}; write one of {known}")
+    if spec.random is not None:
+        sizes = dict(spec.random)
+        model_type = sizes.pop("model_type", None)
+        if model_type not in FAMILIES or model_type in ("clip", "siglip"):
+            known = ", ".join(name for name in FAMILIES if name not in ("clip", "siglip"))
+            raise ConfigError(f"model.vision.random.model_type: found {model_type!r}; write one of {known}")
+        try:
             return model_type, transformers.AutoConfig.for_model(model_type, **sizes)
-        if spec.pretrained is not None:
-            raise ConfigError(
-                f"model.vision.pretrained: {spec.pretrained!r}; transformers loads the weights of `name`, leave it out"
-            )
-        config = transformers.AutoConfig.from_pretrained(spec.name)
-    except (OSError, TypeError) as error:
-        raise ConfigError(f"model.vision.{'random' if spec.random else 'name'}: {error}") from error
+        except Exception as error:  # configurations raise whatever does not fit together in them
+            raise ConfigError(f"model.vision.random: {error}") from error
+    if spec.pretrained is not None:
+        raise ConfigError(
+            f"model.vision.pretrained: {spec.pretrained!r}; transformers loads the weights of `name`, leave it out"
+        )
+    load = partial(transformers.AutoConfig.from_pretrained, spec.name, trust_remote_code=False)
+    config = from_hub(load, "model.vision.name", spec.name)
     both = isinstance(config, transformers.CLIPConfig | transformers.SiglipConfig)
     return config.model_type, config.vision_config if both else config
 
@@ -152,17 +164,13 @@ def _transformers_pixels(spec: Vision, family: Family, config: Any) -> Pixels:
     if spec.random is None:
         try:
             record, _ = ImageProcessingMixin.get_image_processor_dict(spec.name)
-        except OSError:
+        except OSError as error:
+            if has_file(spec.name, "preprocessor_config.json"):  # so it is there, and damaged
+                raise ConfigError(f"model.vision.name: {error}; fetch the file again") from error
             log.warning("%s has no image processor file; normalising as %s does", spec.name, family.model.__name__)
     where = f"model.vision.name: the image processor of {spec.name}"
-    if not record.get("do_normalize", True) or not record.get("do_rescale", True):
-        raise ConfigError(f"{where} does not rescale and normalise; only towers of normalised pictures are supported")
-    if abs(record.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ConfigError(f"{where} rescales by {record['rescale_factor']}; only 1/255 is supported")
-    resample = int(record.get("resample", 3))
-    if resample not in FILTERS:
-        raise ConfigError(f"{where} resizes with filter {resample}; only 3 (bicubic) and 2 (bilinear) are supported")
-    side = spec.side or processor_side(record) or config.image_size
+    interpolation = processor_filter(record, where)
+    side = spec.side or processor_side(record, where) or config.image_size
     if side != config.image_size and not (spec.side or family.any_side):
         raise ConfigError(
             f"{where} makes pictures of {side} pixels, but the weights are for {config.image_size}; "
@@ -172,42 +180,33 @@ def _transformers_pixels(spec: Vision, family: Family, config: Any) -> Pixels:
         side=side,
         mean=channels(record.get("image_mean", family.mean)),
         std=channels(record.get("image_std", family.std)),
-        interpolation=FILTERS[resample],
+        interpolation=interpolation,
     )
 
 
-def processor_side(record: dict[str, Any]) -> int | None:
+def processor_filter(record: dict[str, Any], where: str) -> Literal["bicubic", "bilinear"]:
+    """What a processor resizes with; ConfigError if it does not also normalise values of 0 to 1, as all towers do."""
+    if not record.get("do_normalize", True) or not record.get("do_rescale", True):
+        raise ConfigError(f"{where} does not rescale and normalise; only towers of normalised pictures are supported")
+    if abs(record.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ConfigError(f"{where} rescales by {record['rescale_factor']}; only 1/255 is supported")
+    resample = int(record.get("resample", 3))
+    if resample not in FILTERS:
+        raise ConfigError(f"{where} resizes with filter {resample}; only 3 (bicubic) and 2 (bilinear) are supported")
+    return FILTERS[resample]
+
+
+def processor_side(record: dict[str, Any], where: str) -> int | None:
     """The side of the pictures a processor makes: of its crop, or of a square resize."""
     size = record.get("size", {})
     if record.get("do_center_crop") and "crop_size" in record:
         size = record["crop_size"]
     if isinstance(size, int):
         return size
-    return size.get("height", size.get("shortest_edge"))
-
-
-def _load_transformers(name: str, family: Family) -> Any:
-    """The model, or ConfigError if any of its parameters is not in the files."""
-    with _quiet_transformers():
-        model, found = cast(Any, family.model).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    lost = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
-    if lost:
-        raise ConfigError(
-            f"model.vision.name: {name} lacks {len(lost)} parameters of {family.model.__name__} "
-            f"({', '.join(lost[:3])}, ...); name a complete checkpoint"
-        )
-    return model
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' report of the text tower's keys; what matters of it is checked here."""
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
+    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
+    if len(sides) > 1:
+        raise ConfigError(f"{where} makes pictures of {size['height']} x {size['width']}; only squares are supported")
+    return sides.pop() if sides else None
 
 
 @torch.no_grad()

@@ -138,6 +138,94 @@ def test_the_layout_of_the_llava_repository(tmp_path: Path, caplog: pytest.LogCa
     assert compare(ours, found, theirs, "test").largest_difference <= 1e-5
 
 
+def repository(tmp_path: Path, **keys: Any) -> tuple[Path, LlavaForConditionalGeneration]:
+    """A folder of the LLaVA repository with these keys in its config.json, and the model in it."""
+    llava = random_llava(tmp_path / "llava")
+    folder = tmp_path / "liuhaotian"
+    llava_repository(folder, llava)
+    record = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder, llava
+
+
+def test_what_a_trainer_leaves_beside_the_weights_is_not_read(tmp_path: Path) -> None:
+    folder, llava = repository(tmp_path)
+    torch.save(Boom(), folder / "training_args.bin")
+    stale = {f"model.mm_projector.{place}.{kind}": torch.zeros(1) for place in (0, 2) for kind in ("weight", "bias")}
+    torch.save(stale, folder / "mm_projector.bin")
+    found: Any = from_source(folder).vlm.projector
+    expected: Any = llava.model.multi_modal_projector
+    assert torch.equal(found.linears[1].weight, expected.linear_2.weight)
+
+
+def test_a_tower_that_was_trained_with_the_model_is_the_one_that_is_read(tmp_path: Path) -> None:
+    """As LLaVA-NeXT trains its towers: the one that config.json names is where training began."""
+    folder, llava = repository(tmp_path, unfreeze_mm_vision_tower=True)
+    with pytest.raises(ConfigError, match=r"its tower was trained, but the files lack \d+ of its tensors"):
+        from_source(folder)
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    for name, value in llava.model.vision_tower.state_dict().items():
+        tensors[f"model.vision_tower.vision_tower.vision_model.{name}"] = value + 1
+    torch.save(tensors, folder / "pytorch_model.bin")
+    tower: Any = from_source(folder).vlm.vision
+    for name, value in tower.encoder.named_parameters():
+        assert torch.equal(value, llava.model.vision_tower.state_dict()[name] + 1), name
+    above = llava.model.vision_tower.encoder.layers[tower.blocks].state_dict()
+    assert all(torch.equal(value, above[name] + 1) for name, value in tower.above[0].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"image_aspect_ratio": "anyres"}, {"mm_patch_merge_type": "spatial_unpad"}, {"mm_use_im_start_end": True}],
+    ids=str,
+)
+def test_another_way_of_showing_pictures_is_refused(keys: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.json has {next(iter(keys))} .*one square of patches"):
+        from_source(repository(tmp_path, **keys)[0])
+
+
+def test_a_language_model_of_the_llava_repository_is_whole_or_refused(tmp_path: Path) -> None:
+    folder, _ = repository(tmp_path)
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"lacks 1 parameters of LlamaForCausalLM"):
+        from_source(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": {"shortest_edge": 32}},
+        {"do_center_crop": False},
+        {"crop_size": {"height": 28, "width": 32}},
+        {"do_normalize": False},
+    ],
+    ids=str,
+)
+def test_a_processor_that_makes_other_pictures_than_ours_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    random_llava(tmp_path)
+    file = tmp_path / "processor_config.json"
+    record = json.loads(file.read_text())
+    record["image_processor"] |= changes
+    file.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"model\.from: .*its image processor"):
+        from_source(tmp_path)
+
+
+def test_a_run_that_is_not_finished_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        from_source(tmp_path / "run")
+
+
+def test_a_damaged_projector_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.safetensors").write_bytes(b"junk")
+    model = MODELS["CLIP + llama"] | {"projector": {"from": str(tmp_path / "p.safetensors")}}
+    with pytest.raises(ConfigError, match=r"model\.projector\.from: .*cannot be read as tensors"):
+        assemble(schema.Model.model_validate(model), seed=0)
+
+
 @pytest.mark.parametrize("kind", ["run", "export", "mm_projector.bin"])
 def test_a_projector_alone(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved = saved_model(MODELS["CLIP + llama"])

@@ -1,0 +1,103 @@
+"""Pretrained parts of transformers from a folder or the Hub: whole, without code of their own, or refused by name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import transformers.utils.logging
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from mmit.config import ConfigError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def from_hub(load: Callable[[], T], key: str, name: str) -> T:
+    """What `load()` gives; ConfigError if the files of `name` cannot be had, are damaged or would run code."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # in a log, a bar is a line of its own for every tensor
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise ConfigError(f"{key}: {name}: no such folder; name one that holds a model's files, or a hub model")
+    try:
+        return load()
+    except MemoryError:
+        raise
+    except Exception as error:  # loaders raise whatever they run into, each library its own kinds
+        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(
+            f"{key}: cannot load {name!r} ({kind}{reason}); name a folder with its files, all of them whole, or a hub "
+            f"model that this machine has cached or can reach"
+        ) from error
+
+
+def load_whole(kind: Any, key: str, name: str, **options: Any) -> Any:
+    """The model of class `kind` in fp32. ConfigError unless the files of `name` hold each of its parameters, in full
+    precision: transformers would draw the others at random, with a warning."""
+    raw, _ = from_hub(lambda: PreTrainedConfig.get_config_dict(name), key, name)
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(f"{key}: {name} holds quantized weights ({method}); name the model they were made from")
+    if not raw and has_file(name, "adapter_config.json"):
+        raise ConfigError(
+            f"{key}: {name} is an adapter of peft, not a model; merge it into its base first (merge_and_unload of "
+            f"peft, `mmit merge` for a run) and name the result"
+        )
+    with _quiet():
+        model, found = from_hub(
+            lambda: kind.from_pretrained(
+                name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below; transformers only points to its log
+                trust_remote_code=False,  # null would ask on the terminal
+                **options,
+            ),
+            key,
+            name,
+        )
+    if any(".base_layer." in parameter for parameter, _ in model.named_parameters()):
+        raise ConfigError(
+            f"{key}: {name} holds an adapter_config.json, an adapter of peft; merge it into its base first"
+        )
+    lost = sorted(found["missing_keys"]) + sorted(_sizes(*mismatch) for mismatch in found["mismatched_keys"])
+    if lost:
+        raise ConfigError(
+            f"{key}: {name} lacks {len(lost)} parameters of {type(model).__name__} ({', '.join(lost[:3])}"
+            f"{', ...' if len(lost) > 3 else ''}); name a complete checkpoint of that class"
+        )
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False), "tokenizer", name)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{name}: its tokenizer has no fast version (tokenizer.json), which mmit needs")
+    return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def has_file(name: str, file: str) -> bool:
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _sizes(name: str, found: Any, wanted: Any) -> str:
+    return f"{name}, {tuple(found)} in the file and {tuple(wanted)} by config.json"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of the keys it did not need or find; what matters of it is checked here."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)

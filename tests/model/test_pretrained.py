@@ -1,0 +1,217 @@
+"""Laws of pretrained files: every parameter comes from them or the load is refused, in one sentence with a remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from mmit.config import ConfigError, Model, Vision
+from mmit.data.byte_tokenizer import byte_tokenizer
+from mmit.model.build import Assembly, assemble
+from mmit.model.vision import build_vision
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+PICTURES = {"image_size": 28, "patch_size": 14}
+
+
+def language(folder: Path, **tokens: Any) -> Path:
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=260)).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(tokens.get("added", []))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def assembled(folder: Path, **more: Any) -> Assembly:
+    return assemble(Model.model_validate({"language": str(folder), **more}), seed=0)
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def configured(**keys: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(tree | keys))
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            without("model.layers.1.mlp.up_proj.weight"),
+            r"lacks 1 parameters .*\(model\.layers\.1\.mlp\.up_proj\.weight",
+        ),
+        (without("lm_head.weight"), r"lacks 1 parameters of LlamaForCausalLM \(lm_head\.weight\)"),
+        (configured(vocab_size=300), r"lacks 2 .*\(260, 32\) in the file and \(300, 32\) by config\.json"),
+        (cut, "SafetensorError: Error while deserializing header"),
+        (configured(quantization_config={"quant_method": "gptq"}), r"quantized weights \(gptq\); name the model they"),
+        (configured(model_type="nosuch"), "nosuch"),
+    ],
+    ids=["a tensor is missing", "the head is missing", "other sizes", "cut", "quantized", "unknown"],
+)
+def test_a_language_model_that_is_not_whole_is_refused(
+    change: Callable[[Path], None], told: str, tmp_path: Path
+) -> None:
+    change(language(tmp_path / "language"))
+    with pytest.raises(ConfigError, match=rf"^model\.language: .*{told}"):
+        assembled(tmp_path / "language")
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path: Path) -> None:
+    BertModel(BertConfig(**SIZES, vocab_size=260)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"lacks \d+ parameters of BertLMHeadModel"):
+        assembled(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+@pytest.mark.parametrize("beside_a_config", [False, True])
+def test_an_adapter_is_no_model(beside_a_config: bool, tmp_path: Path) -> None:
+    """transformers would load the base and leave the adapter beside it, unmerged."""
+    base: Any = LlamaForCausalLM.from_pretrained(language(tmp_path / "base"))
+    adapter = get_peft_model(
+        base, LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(tmp_path / "base"))
+    )
+    language(tmp_path / "adapter")
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    if not beside_a_config:
+        (tmp_path / "adapter/config.json").unlink()
+    with pytest.raises(ConfigError, match=r"adapter of peft.*merge"):
+        assembled(tmp_path / "adapter")
+
+
+def test_a_folder_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.language: .*nowhere: no such folder"):
+        assembled(tmp_path / "nowhere")
+
+
+def test_code_that_comes_with_a_model_neither_runs_nor_asks_to(tmp_path: Path) -> None:
+    language(tmp_path)
+    configured(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')")
+    with pytest.raises(ConfigError, match="contains custom code"):
+        assembled(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+# Tokens and rows ----------------------------------------------------------------------------
+
+
+def test_a_token_beyond_the_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"1 tokens \(<turn>\) beyond the 260 rows .*model\.add_tokens"):
+        assembled(language(tmp_path, added=["<turn>"]))
+
+
+def test_a_picture_token_beyond_the_rows_gets_the_mean_of_them(tmp_path: Path) -> None:
+    """As the tokenizer of Gemma 3 1B has one: its embeddings end before it."""
+    language(tmp_path)
+    described = (tmp_path / "tokenizer.json").read_text().replace('"<image>"', '"<filler>"')
+    (tmp_path / "tokenizer.json").write_text(described)
+    settings = (tmp_path / "tokenizer_config.json").read_text().replace('"<image>"', '"<filler>"')
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert assembled(tmp_path).vlm.language.config.vocab_size == 260, "text never holds it"
+    random = {"model_type": "clip_vision_model", **TOWER, **PICTURES}
+    assembly = assembled(tmp_path, vision={"library": "transformers", "random": random})
+    assert assembly.placeholder == 260
+    rows: Any = assembly.vlm.language.get_input_embeddings()
+    torch.testing.assert_close(rows.weight[260], rows.weight[:260].mean(0))
+    assert "language.model.embed_tokens.weight" in assembly.fresh
+
+
+@pytest.mark.parametrize("token", ["", "  "])
+def test_an_added_token_that_is_only_whitespace_is_refused(token: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.add_tokens"):
+        assembled(language(tmp_path), add_tokens=[token])
+
+
+# Towers ----------------------------------------------------------------------------
+
+
+def tower(folder: Path) -> Path:
+    CLIPVisionModel(CLIPVisionConfig(**TOWER, **PICTURES)).save_pretrained(folder)
+    square = {"height": 28, "width": 28}
+    record = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": square}
+    (folder / "preprocessor_config.json").write_text(json.dumps(record | {"do_center_crop": True}))
+    return folder
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def processor(text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "preprocessor_config.json").write_text(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (no_weights, "no file named model.safetensors"),
+        (cut, "SafetensorError"),
+        (configured(model_type="nosuch"), "nosuch"),
+        (configured(intermediate_size=30), r"fc1\.bias, \(24,\) in the file and \(30,\) by config\.json"),
+        (processor("{"), "not a valid JSON"),
+        (processor('{"size": {"height": 28, "width": 56}}'), "pictures of 28 x 56; only squares"),
+    ],
+    ids=["no weights", "cut", "unknown", "other sizes", "damaged processor", "not square"],
+)
+def test_a_tower_that_is_not_whole_is_refused(change: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+    change(tower(tmp_path))
+    with pytest.raises(ConfigError, match=rf"^model\.vision\.name: .*{told}"):
+        build_vision(Vision(library="transformers", name=str(tmp_path), layer=-1))
+
+
+def test_its_own_side_may_be_written_out_though_the_patch_does_not_divide_it() -> None:
+    """384 pixels in patches of 14, as SigLIP's."""
+    random = {"model_type": "siglip_vision_model", **TOWER, "image_size": 50, "patch_size": 14}
+    assert build_vision(Vision(library="transformers", random=random, side=50)).tokens == 9
+
+
+@pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
+def test_damaged_weights_of_open_clip_are_named(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"junk")
+    with pytest.raises(ConfigError, match=rf"^model\.vision\.pretrained: .*{file} cannot be read"):
+        build_vision(Vision(library="open_clip", name="ViT-B-32", pretrained=str(tmp_path / file)))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"library": "open_clip", "random": {"timm_model_name": "nosuch"}},
+        {"library": "transformers", "random": {"model_type": "clip_vision_model", **TOWER, "hidden_size": 15}},
+    ],
+)
+def test_random_sizes_that_do_not_fit_together_are_named(spec: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.vision\.random: "):
+        build_vision(Vision.model_validate(spec))
