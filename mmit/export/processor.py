@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
-from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaProcessor, SiglipImageProcessor
+from tokenizers import Tokenizer, processors
+from transformers import (
+    CLIPImageProcessor,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmit.data.images import PictureFit
@@ -39,16 +47,34 @@ def processor(saved: Saved) -> LlavaProcessor:
     assert tower is not None
     assert fit is not None
     assert placeholder is not None
-    tokenizer = saved.assembly.tokenizer
+    tokenizer = speaking_tokenizer(saved)
     return LlavaProcessor(
         image_processor=image_processor(fit),
         tokenizer=tokenizer,
         patch_size=tower.patch,
         vision_feature_select_strategy=select_strategy(tower),
-        chat_template=saved.chat.template(),
+        chat_template=tokenizer.chat_template,
         image_token=str(tokenizer.convert_ids_to_tokens(placeholder)),
         num_additional_image_tokens=additional_tokens(tower),
     )
+
+
+def speaking_tokenizer(saved: Saved) -> PreTrainedTokenizerFast:
+    """The tokenizer with the run's chat format as its one template.
+
+    A processor of transformers puts bos in front of a prompt that does not begin with it, although the template has
+    said everything; where the run trained without bos, the exported tokenizer therefore adds nothing by itself.
+    """
+    tokenizer = copy.deepcopy(saved.assembly.tokenizer)
+    tokenizer.chat_template = saved.chat.template()
+    text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    if saved.fit is None or (tokenizer.bos_token is not None and str(text).startswith(tokenizer.bos_token)):
+        return tokenizer
+    backend = cast(Tokenizer, tokenizer.backend_tokenizer)
+    if backend.num_special_tokens_to_add(is_pair=False):
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False
+        backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return tokenizer
 
 
 def additional_tokens(tower: VisionTower) -> int:

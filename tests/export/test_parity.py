@@ -119,6 +119,28 @@ def test_the_exported_processor_gives_our_ids_with_histories(
         assert processed(speaker, conversation)["input_ids"][0].tolist() == ours.tolist()
 
 
+def test_a_template_without_bos_is_kept_for_a_tokenizer_that_would_add_one(tmp_path: Path) -> None:
+    """As of TinyLlama: the processors of transformers put bos in front of whatever does not begin with it."""
+    tokenizer = metaspace("always")
+    tokenizer = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+        chat_template="{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    language = {"random": LLAMA, "tokenizer": str(tmp_path / "tokenizer")}
+    saved = saved_model(CLIP | {"language": language})
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out")
+    speaker = AutoProcessor.from_pretrained(tmp_path / "out")
+    for conversation in conversations(20):
+        ours, _ = rendered(saved, conversation)
+        assert ours[0] != tokenizer.bos_token_id
+        assert processed(speaker, conversation)["input_ids"][0].tolist() == ours.tolist()
+
+
 BOTH = ("weight", "bias")
 CLIP_BLOCK = (
     *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
@@ -182,7 +204,7 @@ def test_it_loads_and_answers_where_mmit_cannot_be_imported(tmp_path: Path) -> N
     assert done.stdout.split() == ["LlavaForConditionalGeneration", "LlavaProcessor", "4"], done.stderr[-2000:]
 
 
-GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 0.5}
+GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 30.0}
 REGISTERS = TOWERS["dinov2"]["random"] | {"model_type": "dinov2_with_registers", "num_register_tokens": 2}
 
 
