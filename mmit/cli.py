@@ -166,7 +166,16 @@ def export(
     """Hand a finished run to transformers: written, loaded again, and compared token by token."""
     from mmit.export import write
 
-    done = write.export(run, out, format=write.format_named(format), dtype=write.dtype_named(dtype), adapter=adapter)
+    if push is not None:
+        write.check_push(push)
+    done = write.export(
+        run,
+        out,
+        format=write.format_named(format),
+        dtype=write.dtype_named(dtype),
+        adapter=adapter,
+        repository=push,
+    )
     typer.echo(f"{done.folder}: {done.parity.sentence()}")
     if push is not None:
         typer.echo(write.push(done.folder, push, private=not public))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,52 +17,85 @@ from mmit.export.targets import CLIP_DEFECT
 from mmit.export.verify import Parity
 from mmit.model.saved import Saved
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-def model_card(run: Path, saved: Saved, parity: Parity, *, name: str, format: str, dtype: str, adapter: bool) -> str:
-    """The whole file. What the run directory does not tell (a copied `final/` has no metrics) is left out."""
+
+def model_card(
+    run: Path, saved: Saved, parity: Parity, *, name: str, format: str, dtype: str, adapter: bool, place: str = "PATH"
+) -> str:
+    """The whole file. What the run directory does not tell (a copied `final/` has no metrics) is left out.
+
+    `place` is what the examples load: a repository, where it will lie in one.
+    """
     folder = run_folder(run)
     config = _yaml(folder / "config.yaml")
     sections = [
-        f"---\n{yaml.safe_dump(_header(saved, format), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_header(saved, config, format), sort_keys=False)}---",
         f"# {name}",
         _what(saved, adapter=adapter, dtype=dtype),
-        _how_to_load(saved, format=format, adapter=adapter),
+        _how_to_load(saved, format=format, adapter=adapter).replace("PATH", place),
         _data(config),
         _recipe(config),
         _metrics(folder / "metrics.jsonl"),
-        _checked(parity, format),
+        _checked(parity, format, dtype),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def run_folder(run: Path) -> Path:
-    """Where config.yaml and metrics.jsonl lie, for a run directory as for its `final/`."""
-    return run.parent if run.name == "final" else run
+    """Where config.yaml and metrics.jsonl lie, for a run directory as for its `final/`, `best/` and checkpoints."""
+    folder = run.resolve()
+    if folder.name in ("final", "best"):
+        return folder.parent
+    return folder.parents[1] if folder.parent.name == "checkpoints" else run
 
 
-def _header(saved: Saved, format: str) -> dict[str, Any]:
+def without_places(tree: Any) -> Any:
+    """Names and settings as they are, but of every path of this machine only its last name: others read this."""
+    match tree:
+        case Mapping():
+            return {key: without_places(value) for key, value in tree.items()}
+        case list() | tuple():
+            return [without_places(value) for value in tree]
+        case str() if tree.startswith(("/", "~/")) and "/" in tree[1:]:
+            return Path(tree).name
+        case _:
+            return tree
+
+
+def _header(saved: Saved, config: Mapping[str, Any] | None, format: str) -> dict[str, Any]:
     multimodal = saved.fit is not None
     header: dict[str, Any] = {
         "library_name": format,
         "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
         "tags": ["mmit", "instruction-tuning", *(["vision-language", "llava"] if multimodal else [])],
     }
-    bases = [name for _, name in _bases(saved) if not Path(name).exists() and name.count("/") <= 1]
-    if bases:
-        header |= {"base_model": bases}
+    if bases := list(dict.fromkeys(_hub_models(saved.record["sources"]))):
+        header["base_model"] = bases
+    stages = config["stages"] if config is not None else []
+    sources = [source for stage in stages for source in stage["data"] if source.get("format") == "hub"]
+    if datasets := list(dict.fromkeys(str(source["path"]) for source in sources)):
+        header["datasets"] = datasets
     return header
 
 
-def _bases(saved: Saved) -> Iterator[tuple[str, str]]:
-    for part, source in saved.record["sources"].items():
-        if isinstance(source, Mapping) and source.get("name"):
-            yield part, str(source["name"])
+def _hub_models(sources: Mapping[str, Any]) -> Iterator[str]:
+    """The models of the Hub among what the parts come from, through runs that went on from runs.
+
+    The Hub refuses a card whose `base_model` is no name of its own: towers named as open_clip does are left out.
+    """
+    for source in sources.values():
+        name = str(source["name"]).removeprefix("hf-hub:")
+        if "sources" in source:
+            yield from _hub_models(source["sources"])
+        elif "revision" in source or ("sha256" not in source and HUB_NAME.fullmatch(name) and not Path(name).exists()):
+            yield name
 
 
 def _what(saved: Saved, *, adapter: bool, dtype: str) -> str:
     vlm = saved.assembly.vlm
     rows = _table_head("part", "what", "parameters")
-    named = dict(_bases(saved))
+    named = {part: without_places(source["name"]) for part, source in saved.record["sources"].items()}
     for part, module in saved.assembly.parts().items():
         kind = type(vlm.vision.encoder if part == "vision" and vlm.vision is not None else module).__name__
         origin = f"{kind}, from `{named[part]}`" if part in named else kind
@@ -121,6 +155,10 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
         text += f"\n\nAnswers end with the text {saved.chat.stop_text!r}, which is no token: pass it as `stop_strings`."
     if saved.chat.markers_are_text:
         text += "\n\nThe markers of its chat format are plain text: a user's text can imitate a turn."
+    text += (
+        "\n\nPrograms that tokenize a whole prompt take a control token in a user's text for one, unlike mmit. For "
+        "texts of strangers add `sanitize_control_tokens=True` to `apply_chat_template`."
+    )
     return text
 
 
@@ -152,7 +190,7 @@ def _recipe(config: Mapping[str, Any] | None) -> str:
         length = f"{stage['steps']} steps" if stage.get("steps") else f"{stage.get('epochs') or 1:g} epochs"
         schedule = f"{stage['schedule']}, warm-up {stage['warmup']:g}, decay {stage['weight_decay']:g}"
         rows.append(f"| {stage['name']} | {', '.join(trained)} | {stage['batch_size']} | {length} | {schedule} |")
-    told = {key: value for key, value in config.items() if key not in ("output", "cache")}  # places on one machine
+    told = without_places({key: value for key, value in config.items() if key not in ("output", "cache")})
     whole = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
     rows += ["", f"<details><summary>The whole config</summary>\n\n```yaml\n{whole}```\n\n</details>"]
     return "\n".join(rows)
@@ -161,18 +199,20 @@ def _recipe(config: Mapping[str, Any] | None) -> str:
 def _metrics(file: Path) -> str:
     """Loss at the start and end of each stage, and the last held-out losses."""
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
         return ""
-    losses: dict[str, list[float]] = {}
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    losses: dict[str, dict[int, float]] = {}  # by step: what a killed run repeats, it writes again
     held_out: dict[str, dict[str, float]] = {}
     for record in records:
         if "held_out" in record:
             held_out[record["stage"]] = record["held_out"]
-        elif "loss" in record:
-            losses.setdefault(record["stage"], []).append(record["loss"])
+        elif record.get("loss") is not None:
+            losses.setdefault(record["stage"], {})[record["step"]] = record["loss"]
     rows = ["## Metrics", "", *_table_head("stage", "steps", "loss, first and last tenth", "held-out loss")]
-    for stage, values in losses.items():
+    for stage, by_step in losses.items():
+        values = list(by_step.values())
         tenth = max(1, math.ceil(len(values) / 10))
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
         outside = ", ".join(f"{name} {loss:.4f}" for name, loss in held_out.get(stage, {}).items()) or "not measured"
@@ -180,10 +220,11 @@ def _metrics(file: Path) -> str:
     return "\n".join(rows)
 
 
-def _checked(parity: Parity, format: str) -> str:
+def _checked(parity: Parity, format: str, dtype: str) -> str:
     loaders = {"transformers": "transformers' Auto classes", "gguf": "transformers' GGUF reader (the language model)"}
     loader = loaders.get(format, "mmit")
-    return f"## Checked\n\nLoaded again by {loader}, beside the trained model, in fp32: {parity.sentence()}."
+    rounded = "" if dtype == "float32" else f" rounded to {dtype}"
+    return f"## Checked\n\nLoaded again by {loader}, beside the trained model{rounded}, in fp32: {parity.sentence()}."
 
 
 def _table_head(*names: str) -> list[str]:

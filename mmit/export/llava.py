@@ -63,7 +63,7 @@ def language_obstacle(language: PreTrainedModel) -> str | None:
     language.eval()
     mixed = len({parameter.dtype for parameter in language.parameters()}) > 1  # as while a part of it trains
     # Caps do nothing to the small logits of a model that has hardly learned; amplified ones show them.
-    amplified = head.register_forward_hook(lambda module, inputs, logits: logits * 1e4)
+    amplified = head.register_forward_hook(lambda module, inputs, logits: 1e4 * cast(Tensor, logits))
     with amplified, torch.autocast(head.weight.device.type, torch.bfloat16, enabled=mixed):
         own = cast(Any, language)(input_ids=ids, use_cache=False).logits
         plain = head(cast(Any, language.base_model)(input_ids=ids, use_cache=False).last_hidden_state)

@@ -67,8 +67,9 @@ def speaking_tokenizer(saved: Saved) -> PreTrainedTokenizerFast:
     """
     tokenizer = copy.deepcopy(saved.assembly.tokenizer)
     tokenizer.chat_template = saved.chat.template()
-    text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
-    if saved.fit is None or (tokenizer.bos_token is not None and str(text).startswith(tokenizer.bos_token)):
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False))
+    bos = tokenizer.bos_token
+    if saved.fit is None or (bos is not None and text.startswith(str(bos))):
         return tokenizer
     backend = cast(Tokenizer, tokenizer.backend_tokenizer)
     if backend.num_special_tokens_to_add(is_pair=False):

@@ -7,7 +7,7 @@ export is read by transformers alone, ours goes through the renderer and the mod
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -55,7 +55,10 @@ class Said:
 
 @dataclass(frozen=True)
 class Parity:
-    """How close the export came; ids, pixels and greedy tokens are equal, or there is no `Parity`."""
+    """How close the export came; ids, pixels and greedy tokens are equal, or there is no `Parity`.
+
+    0 of a kind were not compared: of a GGUF only the logits are, on our ids.
+    """
 
     conversations: int
     pictures: int
@@ -66,9 +69,10 @@ class Parity:
     greedy_tokens: int
 
     def sentence(self) -> str:
+        shown = f" with {self.pictures} pictures" if self.pictures else ""
+        equal = f"{self.ids} ids and {self.greedy_tokens} greedy tokens equal, " if self.ids else ""
         return (
-            f"{self.conversations} conversations with {self.pictures} pictures compared: {self.ids} ids and "
-            f"{self.greedy_tokens} greedy tokens equal, logits within {self.largest_difference:.1e} "
+            f"{self.conversations} conversations{shown} compared: {equal}logits within {self.largest_difference:.1e} "
             f"(the largest is {self.largest_logit:.3g})"
         )
 
@@ -114,13 +118,22 @@ def picture(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-def load_export(folder: Path, *, multimodal: bool, adapter: Path | None = None) -> tuple[nn.Module, Any]:
-    """The model in fp32 and its processor (or tokenizer), as anyone loads them; ExportError names a lost tensor."""
+def load_export(
+    folder: Path, *, multimodal: bool, adapter: Path | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, Any]:
+    """The model in fp32 and its processor (or tokenizer), as anyone loads them; ExportError names a lost tensor.
+
+    `tensors` are what it must hold to the bit: of a vocabulary the probes touch few rows.
+    """
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     model, found = cast(Any, kind).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     lost = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[key]]
     if lost:
         raise ExportError(f"{folder}: {len(lost)} tensors do not fit the class that loads them ({lost[:3]})")
+    found = model.state_dict()
+    other = [name for name, value in (tensors or {}).items() if not torch.equal(found[name], value)]
+    if other:
+        raise ExportError(f"{folder}: {len(other)} tensors came back with other values ({other[:3]})")
     speaker = AutoProcessor.from_pretrained(folder) if multimodal else AutoTokenizer.from_pretrained(folder)
     if adapter is not None:
         model = cast(nn.Module, PeftModel.from_pretrained(cast(Any, model), adapter))

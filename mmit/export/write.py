@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import HfApi, save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,10 +19,17 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from mmit.config import ConfigError, suggest
 from mmit.export.adapter import write_adapter
-from mmit.export.card import model_card, run_folder
+from mmit.export.card import HUB_NAME, model_card, run_folder, without_places
 from mmit.export.gguf import language_difference, write_gguf
-from mmit.export.llava import ExportError, generation_config, language_tensors, llava_model, published_names
-from mmit.export.processor import processor
+from mmit.export.llava import (
+    ExportError,
+    generation_config,
+    language_tensors,
+    llava_model,
+    llava_tensors,
+    published_names,
+)
+from mmit.export.processor import processor, speaking_tokenizer
 from mmit.export.verify import TOLERANCE, Conversation, Parity, Said, compare, load_export, probes, said, said_by_export
 from mmit.model.build import merge_lora
 from mmit.model.saved import Saved, load_saved
@@ -53,15 +60,18 @@ def export(
     adapter: bool = False,
     needs_adapter: bool = False,
     more: Sequence[Conversation] = (),
+    repository: str | None = None,
 ) -> Exported:
     """Writes `out`, loads it again and compares; `out` appears whole and equal, or not at all.
 
-    What is compared are probe conversations, and those in `more`.
+    What is compared are probe conversations, and those in `more`; and every tensor with the one it was written from.
+    `repository` is what card and adapter call it, where it will be pushed to one.
 
     `adapter` keeps a LoRA beside its base, in `out/adapter`, instead of merging it. With another `dtype` the model is
     rounded first, and it is the rounded model that the export must equal. ConfigError for what cannot be read,
     ExportError for what cannot be written in this format or came out different.
     """
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; remove it, or name another folder")
     if format == "gguf" and adapter:
@@ -79,11 +89,13 @@ def export(
         compare(expected, merged, saved, f"{run}: merging its adapter")
         expected = merged
     if dtype != "float32":
-        for parameter in saved.assembly.vlm.parameters():
+        vlm = saved.assembly.vlm
+        above = vlm.vision.above[0] if vlm.vision is not None else None  # is written too
+        for parameter in [*vlm.parameters(), *(above.parameters() if above is not None else ())]:
             parameter.data = parameter.data.to(DTYPES[dtype]).float()
         expected = [said(saved, conversation) for conversation in conversations]
 
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(out.name + ".mmit-tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -101,17 +113,18 @@ def export(
         else:
             _write(saved, temporary, dtype)
             if adapter:
-                write_adapter(saved.assembly, temporary / ADAPTER, base=out.name)
+                write_adapter(saved.assembly, temporary / ADAPTER, base=repository or out.name)
             place = temporary / ADAPTER if adapter else None
-            model, speaker = load_export(temporary, multimodal=saved.fit is not None, adapter=place)
+            multimodal = saved.fit is not None
+            own = llava_tensors(saved.assembly) if multimodal else language_tensors(saved.assembly.vlm.language)
+            model, speaker = load_export(temporary, multimodal=multimodal, adapter=place, tensors=own)
             found = [said_by_export(model, speaker, conversation) for conversation in conversations]
             parity = compare(expected, found, saved, str(out))
         _write_record(saved, temporary / RECORD, parity)
-        card = model_card(run, saved, parity, name=out.name, format=format, dtype=dtype, adapter=adapter)
+        told = {"name": repository or out.name, "place": repository or "PATH"}
+        card = model_card(run, saved, parity, format=format, dtype=dtype, adapter=adapter, **told)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        temporary.rename(out)  # an empty folder of that name is replaced
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(out, parity)
@@ -136,13 +149,31 @@ def _known(name: str, choices: tuple[Any, ...], option: str) -> Any:
     return name
 
 
+def check_push(repository: str) -> None:
+    """ConfigError, before the minutes of an export, unless `repository` can be a name and the Hub knows who we are."""
+    if not HUB_NAME.fullmatch(repository):
+        raise ConfigError(f"--push: {repository!r} is no name of a repository; write OWNER/NAME")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # of whichever HTTP library the client stands on
+        raise ConfigError(
+            f"--push: the Hub does not let us in ({type(error).__name__}); log in with `hf auth login` or set "
+            f"HF_TOKEN, and see that this machine reaches it"
+        ) from None
+
+
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
     """Uploads an exported folder to the Hub as `repository` (OWNER/NAME), made if need be; returns its address."""
-    from huggingface_hub import HfApi
-
     hub = HfApi()
-    address = hub.create_repo(repository, repo_type="model", private=private, exist_ok=True)
-    hub.upload_folder(repo_id=repository, repo_type="model", folder_path=folder, commit_message="Export from mmit")
+    try:
+        address = hub.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export from mmit")
+    except Exception as error:  # as above; a card that the Hub refuses is a ValueError
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(
+            f"--push: {repository} was not written in full ({type(error).__name__}: {reason}); the export is whole in "
+            f"{folder}: once mended, `hf upload {repository} {folder}` pushes it"
+        ) from None
     return str(address)
 
 
@@ -151,8 +182,7 @@ def _write(saved: Saved, folder: Path, dtype: Dtype) -> None:
     assembly = saved.assembly
     model: PreTrainedModel
     if saved.fit is None:
-        assembly.tokenizer.chat_template = saved.chat.template()
-        assembly.tokenizer.save_pretrained(folder)
+        speaking_tokenizer(saved).save_pretrained(folder)
         model = _plain_language(assembly.vlm.language)
         model.generation_config = generation_config(assembly, saved.chat)
         cast(nn.Module, model).to(DTYPES[dtype])
@@ -172,11 +202,11 @@ def _write(saved: Saved, folder: Path, dtype: Dtype) -> None:
 
 
 def _read_back(saved: Saved, folder: Path, expected: Sequence[Said]) -> Parity:
-    """The language part as transformers' GGUF reader has it; ExportError if its logits differ."""
+    """The language part as transformers' GGUF reader has it, on our ids; ExportError if its logits differ."""
     difference, size = language_difference(saved, folder, [item.ids for item in expected])
     if not difference <= TOLERANCE * max(1.0, size):
         raise ExportError(f"{folder}: logits of the language model differ by {difference:.1e} (largest {size:.3g})")
-    return Parity(len(expected), 0, sum(len(item.ids) for item in expected), difference, size, 0)
+    return Parity(len(expected), 0, 0, difference, size, 0)
 
 
 def _plain_language(language: PreTrainedModel) -> PreTrainedModel:
@@ -208,7 +238,7 @@ def _write_record(saved: Saved, file: Path, parity: Parity) -> None:
         "chat": asdict(saved.chat.format),
         "placeholder": saved.chat.placeholder,
         "pictures": saved.fit.policy if saved.fit is not None else None,
-        "sources": saved.record["sources"],
+        "sources": without_places(saved.record["sources"]),
         "parity": asdict(parity),
     }
     file.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from mmit import config as schema
@@ -234,16 +235,66 @@ def test_an_export_that_came_out_different_is_not_kept(tmp_path: Path, monkeypat
 
     def damaged(*arguments: Any, **named: Any) -> Any:
         model = whole(*arguments, **named)
-        with torch.no_grad():
-            model.model.multi_modal_projector.linear_2.bias.data = (
-                model.model.multi_modal_projector.linear_2.bias + 0.01
-            )
+        model.config.vision_feature_layer = -1
         return model
 
     monkeypatch.setattr(write, "llava_model", damaged)
     with pytest.raises(ExportError, match=r"probe conversation 0: logits differ by"):
         export(run, tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("what", ["one value of a weight", "one letter of the template", "the mean", "the stop id"])
+@pytest.mark.parametrize("name", ["CLIP + llama", "text only"])
+def test_whatever_is_altered_on_disk_is_noticed(
+    name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verification trusts nothing that is in memory: here the files themselves are altered before it reads them."""
+    if name == "text only" and what == "the mean":
+        pytest.skip("no pictures")
+    run = run_of(saved_model(MODELS[name]), tmp_path / "run")
+    reads = write.load_export
+
+    def altered(folder: Path, **arguments: Any) -> Any:
+        if what == "one value of a weight":
+            tensors = load_file(folder / "model.safetensors")
+            (table,) = (value for key, value in tensors.items() if key.endswith("embed_tokens.weight"))
+            table[7, 3] += 1e-6  # of a token that no probe holds
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        elif what == "one letter of the template":
+            file = folder / "chat_template.jinja"
+            file.write_text(file.read_text().replace("|>user", "|>User"))
+        elif what == "the mean":
+            for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+                file.write_text(file.read_text().replace("0.4814", "0.4815"))
+        else:
+            said_first = verify.said(load_saved(run), verify.probes(load_saved(run))[0]).answer
+            file = folder / "generation_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [said_first[0]]}))
+        return reads(folder, **arguments)
+
+    monkeypatch.setattr(write, "load_export", altered)
+    with pytest.raises(ExportError):
+        export(run, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_big_models_come_in_shards_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "SHARD", "50KB")
+    for name in ("CLIP + llama", "text only"):
+        export(run_of(saved_model(MODELS[name]), tmp_path / name), tmp_path / f"{name} out")
+        index = json.loads((tmp_path / f"{name} out/model.safetensors.index.json").read_text())
+        files = {file.name for file in (tmp_path / f"{name} out").glob("*.safetensors")}
+        assert len(files) > 1
+        assert set(index["weight_map"].values()) == files
+
+
+def test_the_folder_one_stands_in_can_be_the_one_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(saved_model(MODELS["text only"]), tmp_path / "run")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(run, Path(".")).folder == tmp_path / "here"
+    assert (tmp_path / "here/config.json").exists()
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
