@@ -240,7 +240,8 @@ def _refuse_missing(
         more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
         raise ConfigError(
             f"{path}: {len(names)} pictures named by {rows} rows are missing below {below}:{shown}{more}\n"
-            f"Check --images and --set image_prefix=..., or say --on-missing drop (leave those rows out) or text-only"
+            f"Check --images and --set image_prefix=..., or say --on-missing drop (leave those rows out) or text-only "
+            f"(in a config: images, and options: {{on_missing: drop}})"
         )
 
 

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from mmit.config import Config, ConfigError, Source, dump_config, load_config, suggest
+from mmit.config import Config, ConfigError, Source, dump_config, load_config, parse_config, suggest
+
+Say = Callable[[str], object]
 
 
-def train(config: Config | Path | str, overrides: tuple[str, ...] = (), *, check_memory: bool = False) -> Path:
+def train(
+    config: Config | Path | str, overrides: Sequence[str] = (), *, check_memory: bool = False, processes: int = 1
+) -> Path:
     """Runs, or goes on with, what the config's `output` names, and returns its `final/`.
 
-    With `check_memory` each stage computes its longest step first, which changes no result.
+    With `check_memory` each stage computes its longest step first, which changes no result; neither does the number of
+    `processes` that convert its sources (more than one needs `if __name__ == "__main__":` in a script).
 
     Raises ConfigError or SampleError for faults of the input, and mmit.training.run.Interrupted when a signal stopped
     the run after saving it.
     """
     if not isinstance(config, Config):
         config = load_config(Path(config), overrides)
-    check_formats(config)
+    elif overrides:
+        config = parse_config(config.model_dump(mode="json"), "config", overrides)
+    check_names(config)
     from mmit.training.loop import train as run  # the seconds of torch and transformers, once the config is right
 
-    return run(with_shards(config), asked=dump_config(config), check_memory=check_memory)
+    say: Say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else _nothing
+    prepared = with_shards(config, processes=processes, say=say)
+    return run(prepared, asked=dump_config(config), check_memory=check_memory)
 
 
 def replay(folder: Path) -> Iterator[str]:
@@ -35,39 +47,80 @@ def replay(folder: Path) -> Iterator[str]:
     yield from replay(with_shards(config), folder)
 
 
-def with_shards(config: Config) -> Config:
+def _nothing(line: str) -> None:
+    pass
+
+
+def with_shards(config: Config, *, processes: int = 1, say: Say = _nothing) -> Config:
     """The config with every `{FORMAT: PATH}` source converted, once, into shards in the cache."""
     from mmit.data.cache import cache_folder
 
     cache = cache_folder(config.cache)
-    stages = [
-        stage.model_copy(update={"data": [_converted(source, cache) for source in stage.data]})
-        for stage in config.stages
-    ]
-    update: dict[str, object] = {"stages": stages}
+
+    def shards_of(sources: Sequence[Source]) -> list[Source]:
+        return [_converted(source, cache, processes, say) for source in sources]
+
+    update: dict[str, object] = {
+        "stages": [stage.model_copy(update={"data": shards_of(stage.data)}) for stage in config.stages]
+    }
     if config.eval is not None:
-        data = [_converted(source, cache) for source in config.eval.data]
-        update["eval"] = config.eval.model_copy(update={"data": data})
+        update["eval"] = config.eval.model_copy(update={"data": shards_of(config.eval.data)})
     return config.model_copy(update=update)
 
 
-def check_formats(config: Config) -> None:
-    """ConfigError if a source names a format that mmit-data does not know."""
+def check_names(config: Config) -> None:
+    """ConfigError, before any weights are read, for formats, projectors and trackers that are not known."""
+    faults = [*_unknown_formats(config), *_unknown_chats(config)]
+    if config.model.projector is not None and config.model.projector.kind not in ("linear", "mlp"):
+        from mmit.model.projector import projector_class
+
+        projector_class(config.model.projector)
+    if config.trackers:
+        from mmit.training.trackers import maker
+
+        for name in config.trackers:
+            maker(name)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _unknown_formats(config: Config) -> Iterator[str]:
     from data_tools.formats import FORMATS
 
     sources = [(f"stages.{stage.name}.data", source) for stage in config.stages for source in stage.data]
     sources += [("eval.data", source) for source in (config.eval.data if config.eval is not None else ())]
     for where, source in sources:
         if source.format is not None and source.format not in FORMATS and ":" not in source.format:
-            raise ConfigError(f"{where}: {source.format!r} is not a format; {suggest(source.format, sorted(FORMATS))}")
+            yield f"{where}: {source.format!r} is not a format; {suggest(source.format, sorted(FORMATS))}"
 
 
-def _converted(source: Source, cache: Path) -> Source:
+def _unknown_chats(config: Config) -> Iterator[str]:
+    named = {"model.chat": config.model.chat}
+    named |= {f"stages.{stage.name}.chat": stage.chat for stage in config.stages if stage.chat is not None}
+    named = {where: name for where, name in named.items() if name != "auto" and ":" not in name}
+    if named:
+        from mmit.data.chat_formats import CHAT_FORMATS
+
+        for where, name in named.items():
+            if name not in CHAT_FORMATS:
+                yield f"{where}: {name!r} is not a chat format; {suggest(name, ['auto', *CHAT_FORMATS])}"
+
+
+def _converted(source: Source, cache: Path, processes: int, say: Say) -> Source:
     if source.format is None:
         return source
     from data_tools.convert import converted
 
-    folder = converted(source, cache)
+    told = time.monotonic()
+
+    def progress(rows: int, rejected: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            say(f"{source.title}: {rows} rows converted, {rejected} rejected")
+
+    folder = converted(source, cache, processes=processes, progress=progress)
+    say(f"{source.title}: its shards are in {folder}")
     update = {"shards": str(folder), "format": None, "path": None, "images": None, "options": {}, "name": source.title}
     return source.model_copy(update=update)
 

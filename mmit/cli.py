@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -12,14 +14,26 @@ from typing import Annotated
 
 import typer
 
-from mmit.config import Config, ConfigError, dump_config, load_config
+from mmit.config import Config, ConfigError, dump_config, load_config, recipes
 from mmit.data.sample import SampleError
 
+TINY = os.path.relpath(recipes() / "tiny.yaml") if recipes().parent == Path.cwd() else recipes() / "tiny.yaml"
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Multimodal instruction tuning: a vision encoder, a projector and a causal LLM, trained exactly.",
+    epilog="\n\n".join(
+        (
+            "To begin with:",
+            "  mmit demo   -- a real small model learns to see, 10 minutes on two cores",
+            f"  mmit train {TINY}   -- the whole machine in a minute, nothing to download",
+            "  mmit generate runs/tiny --prompt 'What is it?'   -- ask what was trained",
+            f"  mmit config {TINY}   -- a recipe in full; copy one from its folder",
+            "  mmit-data --help   -- your own data: convert it, look at it, check it",
+        )
+    ),
 )
 
 Run = Annotated[Path, typer.Argument(help="A run directory, or its final/ folder.")]
@@ -43,8 +57,10 @@ def train(
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     from mmit import api
 
-    final = api.train(config, tuple(overrides or ()), check_memory=check_memory)
-    typer.echo(f"done: {final}\n  mmit generate {final.parent} --prompt '...'" + "  (--image FILE to show a picture)")
+    final = api.train(config, overrides or (), check_memory=check_memory, processes=os.cpu_count() or 1)
+    sees = json.loads((final / "model.json").read_text(encoding="utf-8"))["image_tokens"] > 0
+    run = shlex.quote(str(final.parent))
+    typer.echo(f"done: {final}\n  mmit generate {run}" + (" --image FILE" if sees else "") + " --prompt '...'")
 
 
 @app.command()
@@ -71,7 +87,7 @@ def config(
     from mmit import api
 
     resolved = load_config(file, overrides or ())
-    api.check_formats(resolved)
+    api.check_names(resolved)
     typer.echo(dump_config(resolved), nl=False)
     for line in api.notes(resolved):
         typer.echo(f"# {line}")
@@ -106,8 +122,11 @@ def generate(
             raise ConfigError(f"--image {file}: no such file; name a picture")
     from mmit.inference.conversation import conversation
     from mmit.inference.generate import Sampling, load
+    from mmit.inference.jsonl import answer_file, read_lines
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    if jsonl is not None:
+        read_lines(jsonl)  # a fault in it is told before the model is loaded
     model = load(run)
     for note in model.notes:
         typer.echo(note, err=True)
@@ -119,8 +138,6 @@ def generate(
     assert out is not None
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from mmit.inference.jsonl import answer_file
 
     screen = Console(stderr=True)
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -203,10 +220,23 @@ QUIET = {
 """Switches by which dependencies stop telling their makers about us; who has set one otherwise keeps that."""
 
 
+ENVIRONMENT = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""What a file system refuses because of what the user named or has, and not because of a fault of ours."""
+
+
+class CtrlC(BaseException):
+    """KeyboardInterrupt, of which the command line library would make exit code 1, a bug."""
+
+
 def main() -> None:
     """The entry point. A fault of the user ends in one message and exit code 2, of the data 3, an interruption 75."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _ctrl_c)
     try:
         app(standalone_mode=True)
     except ConfigError as error:
@@ -215,11 +245,22 @@ def main() -> None:
         _stop(str(error), 3)
     except FloatingPointError as error:
         _stop(str(error), 3)
+    except CtrlC:
+        _stop("stopped; the same command goes on where it can, or starts anew", 75)
+    except OSError as error:
+        if error.errno not in ENVIRONMENT:
+            raise
+        named = error.filename if error.filename is not None else "a file"
+        _stop(f"{named}: {error.strerror}; name another place, or mend its rights or free some space", 2)
     except Exception as error:
         if type(error).__name__ == "Interrupted":
             # torchrun would start a failed rank again; the note PREEMPTED in the run directory says what happened.
             _stop(str(error), 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75)
         raise
+
+
+def _ctrl_c(number: int, frame: FrameType | None) -> None:
+    raise CtrlC
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

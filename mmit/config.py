@@ -1,13 +1,15 @@
 """The schema of a run: one YAML with an ordered list of stages, loaded strictly, every fault named at once.
 
-Paths are relative to the folder in which the command runs. `section.key=value` overrides are merged into the raw tree
-before it is validated, so a file and a command line are checked alike; `stages.sft.batch_size=8` names a stage.
+Paths are relative to the folder in which the command runs; `~` is the home folder. `section.key=value` overrides are
+merged into the raw tree before it is validated, so a file and a command line are checked alike;
+`stages.sft.batch_size=8` names a stage.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -15,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,6 +32,8 @@ from pydantic import (
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A path, hub name or address."""
 
 
 class ConfigError(ValueError):
@@ -50,15 +55,15 @@ class RandomLanguage(Section):
 
     random: dict[str, Any]
     """A transformers configuration: `model_type` and its sizes."""
-    tokenizer: str = "bytes"
+    tokenizer: Place = "bytes"
     """`bytes` for the built-in byte tokenizer, else a hub name or folder."""
 
 
 class Vision(Section):
     library: Literal["open_clip", "transformers"]
-    name: str = ""
+    name: Annotated[str, AfterValidator(os.path.expanduser)] = ""
     """Model name (open_clip), hub name or folder (transformers)."""
-    pretrained: str | None = None
+    pretrained: Place | None = None
     """open_clip: the tag or file of the weights, unless `name` is hf-hub:NAME or local-dir:FOLDER, which hold them.
     transformers loads those of `name`."""
     layer: int = -2
@@ -91,7 +96,7 @@ class Projector(Section):
     init: Literal["default", "feature_statistics"] = "default"
     """`feature_statistics`: inputs whitened by the features of the first pictures, outputs scaled to the RMS of the
     word embeddings; learns to see several times sooner when data is short."""
-    source: str | None = Field(default=None, alias="from")
+    source: Place | None = Field(default=None, alias="from")
     """A file to start from: model.safetensors of a run or an export, or LLaVA's mm_projector.bin."""
 
     @model_validator(mode="after")
@@ -102,11 +107,11 @@ class Projector(Section):
 
 
 class Model(Section):
-    source: str | None = Field(default=None, alias="from")
+    source: Place | None = Field(default=None, alias="from")
     """A whole model to go on from, instead of the parts below: a transformers Llava (hub name or folder), an export, a
     run, or a folder in the layout of the LLaVA repository. Tower, projector, LLM, picture transform and chat format
     come from its files."""
-    language: str | RandomLanguage | None = None
+    language: Place | RandomLanguage | None = None
     """Any causal LLM of transformers: hub name or folder."""
     vision: Vision | None = None
     """The picture encoder; null for text only."""
@@ -144,11 +149,11 @@ class Model(Section):
 class Source(Section):
     """Samples of one origin: `{shards: DIR}`, or `{FORMAT: PATH, images: DIR}` converted once into a cache."""
 
-    shards: str | None = None
+    shards: Place | None = None
     """A folder of shards with its index, or the address of one (s3://, gs://, https://, ... as fsspec knows them)."""
     format: str | None = None
-    path: str | None = None
-    images: str | None = None
+    path: Place | None = None
+    images: Place | None = None
     """The folder below which the pictures of `path` lie."""
     options: dict[str, Any] = {}
     """Options of the format, as `mmit-data convert` takes them."""
@@ -163,14 +168,17 @@ class Source(Section):
     @classmethod
     def _read_short_form(cls, tree: Any) -> Any:
         """Turns `{llava: notes.json, ...}` into `{format: llava, path: notes.json, ...}`."""
-        if not isinstance(tree, dict) or {"shards", "format", "path"} & tree.keys():
+        if not isinstance(tree, dict):
             return tree
         other = [
             key
             for key in tree
             if key not in cls.model_fields and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.6)
         ]
-        if not other:
+        origins = [str(key) for key in tree if key == "shards" or (key in other and isinstance(tree[key], str))]
+        if len(origins) > 1:
+            raise ValueError(f"found {' and '.join(origins)}, but a source has one origin; write a source for each")
+        if not other or {"shards", "format", "path"} & tree.keys():
             return tree
         name = next((key for key in other if isinstance(tree[key], str)), other[0])
         return {key: value for key, value in tree.items() if key != name} | {"format": name, "path": tree[name]}
@@ -316,7 +324,7 @@ class Save(Section):
 
 
 class Config(Section):
-    output: str
+    output: Place
     """The run directory."""
     seed: NonNegativeInt = 0
     model: Model
@@ -338,7 +346,7 @@ class Config(Section):
     """Loader processes of each rank; no number changes a result."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null: torch's own choice."""
-    cache: str | None = None
+    cache: Place | None = None
     """Folder for converted data, lengths and features; null: $MMIT_CACHE or ~/.cache/mmit."""
     remote_cache_gb: PositiveFloat = 100.0
     """Most that tars of remote sources (`shards: s3://bucket/set`) may take in the cache; what was read longest ago
@@ -384,18 +392,29 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def recipes() -> Path:
+    """The folder of recipes: that of the checkout, or as the wheel carries it."""
+    checkout = Path(__file__).parents[1] / "configs"
+    return checkout if (checkout / "demo.yaml").exists() else Path(__file__).parent / "configs"
+
+
 def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """The run that `file` and the `section.key=value` overrides describe; `ConfigError` lists every fault at once."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; `configs/README.md` lists recipes to copy") from None
+        raise ConfigError(f"{file}: no such file; recipes to copy lie in {recipes()}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: is a folder; name its config, {file / 'config.yaml'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as text ({error}); name a YAML file") from None
     try:
-        tree = _Yaml(text).get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        loader = _Yaml(text)
+        loader.name = file.name  # which its faults tell beside the line
+        tree = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-30
+        tabs = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}{tabs}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected `key: value` lines with output, model and stages, found {tree!r:.60}")
     return parse_config(tree, str(file), overrides)
@@ -417,6 +436,25 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate", "mm_projector_lr"), "train: {PART: {lr: ...}} of a stage"),
+    **dict.fromkeys(("llm", "model_name_or_path", "base_model"), "language"),
+    **dict.fromkeys(("vision_tower", "image_encoder"), "vision"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
+    **dict.fromkeys(("max_length", "max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), "max_tokens"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "epochs"),
+    **dict.fromkeys(("output_dir",), "output"),
+    **dict.fromkeys(("report_to",), "trackers"),
+    **dict.fromkeys(("image_aspect_ratio",), "pictures"),
+    **dict.fromkeys(("image_folder", "image_dir"), "images"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
+        "batch_size of a stage, which counts the samples of a step over all devices (row_tokens bounds a forward pass)",
+    ),
+}
+"""What keys of other trainers are called here."""
+
+
 def suggest(word: str, known: Sequence[str]) -> str:
     """`did you mean 'x'?`, or the list of what is known."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
@@ -428,8 +466,8 @@ def _merge(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"override {override!r}: write section.key=value, such as stages.sft.batch_size=8")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _Yaml(text).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
     *parents, last = path.split(".")
     here: Any = tree
@@ -442,11 +480,10 @@ def _merge(tree: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, word: str, override: str, path: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, word, override)]
-    child = node.get(word)
+    key = _position(node, word, override) if isinstance(node, list) else word
+    child = node[key] if isinstance(node, list) else node.get(key)
     if child is None:
-        child = node[word] = {}
+        child = node[key] = {}
     if not isinstance(child, dict | list):
         raise ConfigError(f"override {override!r}: {path} is {child!r}, which has no keys; set it as a whole")
     return child
@@ -454,11 +491,14 @@ def _child(node: Any, word: str, override: str, path: str) -> Any:
 
 def _position(items: list[Any], word: str, override: str) -> int:
     names = [str(item.get("name", "")) if isinstance(item, dict) else "" for item in items]
-    if word in names:
+    if word and word in names:
         return names.index(word)
     if word.isdecimal() and int(word) < len(items):
         return int(word)
-    raise ConfigError(f"override {override!r}: {word!r} is none of 0..{len(items) - 1} {[n for n in names if n]}")
+    named = [name for name in names if name]
+    raise ConfigError(
+        f"override {override!r}: {word!r} is none of 0..{len(items) - 1}" + (f" {named}" if named else "")
+    )
 
 
 def _explain(error: ValidationError, tree: Any) -> Iterator[str]:
@@ -481,7 +521,8 @@ def _explain(error: ValidationError, tree: Any) -> Iterator[str]:
         match fault["type"]:
             case "extra_forbidden":
                 known = sorted(_keys(_parents(fault["loc"])))
-                text = f"unknown key; {suggest(str(fault['loc'][-1]), known)}"
+                key = str(fault["loc"][-1])
+                text = f"unknown key; {f'here it is {ELSEWHERE[key]}' if key in ELSEWHERE else suggest(key, known)}"
             case "missing":
                 text = "is missing"
             case "value_error":

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import shutil
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmit import api, demo_parts
-from mmit.config import Config, Source, load_config
+from mmit.config import Config, Source, load_config, recipes
 from mmit.data.cache import cache_folder
 from mmit.data.order import permutation
 from mmit.data.sample import Sample
@@ -43,13 +44,14 @@ COMPARED_IN_EXPORT = 40
 def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Trains `configs/demo.yaml` in `out`, answers questions of easy-VQA's own test split, returns result.json."""
     console, started = Console(highlight=False, soft_wrap=not sys.stdout.isatty()), time.monotonic()
-    parts = out / "parts"
+    recipe, parts = recipes() / "demo.yaml", out / "parts"
+    load_config(recipe, overrides)  # a fault in them is told before anything is fetched
     console.print("[bold]1/4[/] parts: SmolLM2-135M-Instruct, DINOv2-small and easy-VQA (once; some 190 MB)")
     language = demo_parts.language(parts, say=console.print)
     vision = demo_parts.vision(parts, say=console.print)
     questions = demo_parts.easy_vqa(parts, say=console.print)
 
-    config = load_config(recipe("demo.yaml"), [*_places(out, language, vision, questions), *overrides])
+    config = load_config(recipe, [*_places(out, language, vision, questions), *overrides])
     console.print("[bold]2/4[/] training: the projector is aligned, then projector and language model learn to answer")
     training_started = time.monotonic()
     run = api.train(config).parent
@@ -79,18 +81,14 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     _report(console, result, before, after)
     console.print(f"{exported.folder}, for transformers: {exported.parity.sentence()}")
-    console.print(f"pictures: {grid}, {plot}\n{_next_steps(run, out)}")
+    console.print(f"pictures: {grid}, {plot}")
+    # A terminal folds a long command itself; folded by us it could not be copied.
+    console.print(_next_steps(config, run, out), markup=False, soft_wrap=True)
     return result
 
 
 def _to_compare(asked: Conversation) -> Compared:
     return Compared(asked.messages, tuple(shown.picture.data for shown in asked.pictures if shown.picture.data))
-
-
-def recipe(name: str) -> Path:
-    """A recipe of `configs/`: from the checkout, or as the wheel carries it."""
-    beside = Path(__file__).parent.parent / "configs" / name
-    return beside if beside.exists() else Path(str(files("mmit") / "configs" / name))
 
 
 def _places(out: Path, language: Path, vision: Path, questions: Path) -> list[str]:
@@ -163,8 +161,9 @@ def _report(console: Console, result: dict[str, Any], before: Sequence[Answered]
     for column in ("question", "right answer", "before training", "after"):
         table.add_column(column)
     for first, then in zip(before, after, strict=True):
-        mark = "green" if then.correct else "red"
-        table.add_row(then.question, then.expected, first.answer[:40], f"[{mark}]{then.answer[:40]}[/]")
+        # As Text, since an answer may hold what rich takes for markup.
+        shown = Text(then.answer[:40], style="green" if then.correct else "red")
+        table.add_row(then.question, then.expected, Text(first.answer[:40]), shown)
     console.print(table)
     for kind, what in (("open", "questions for a colour or shape"), ("yes_no", "questions for yes or no")):
         console.print(
@@ -174,14 +173,24 @@ def _report(console: Console, result: dict[str, Any], before: Sequence[Answered]
     console.print(f"{result['seconds'] / 60:.1f} minutes in all, {result['peak_rss_mb']} MB of memory")
 
 
-def _next_steps(run: Path, out: Path) -> str:
-    return (
-        f"\nask it:            mmit generate {run} --image {out / 'parts/easy-vqa/test/images/0.png'} "
-        f"--prompt 'What color is the shape?'\n"
-        f"look at its data:  mmit-data show SHARDS --run {run}\n"
-        f"your pictures:     copy configs/demo.yaml, put {{llava: notes.json, images: photos/}} under data, then\n"
-        f"                   mmit train my.yaml\n"
-        f"on a GPU, 7B:      mmit train configs/llava15_7b_lora.yaml"
+def _next_steps(config: Config, run: Path, out: Path) -> str:
+    picture, shards = out / "parts/easy-vqa/test/images/0.png", api.with_shards(config).stages[-1].data[0].shards
+    mine = "stages.sft.data=[{llava: notes.json, images: photos/}]"
+
+    def command(*words: object) -> str:
+        return "  " + shlex.join(str(word) for word in words)
+
+    return "\n".join(
+        (
+            "\nAsk it:",
+            command("mmit", "generate", run, "--image", picture, "--prompt", "what is the color of the shape?"),
+            "Look at what it learned from, every token coloured by whether it is trained:",
+            command("mmit-data", "show", shards, "--run", run),
+            "Teach it your own pictures (notes.json in LLaVA's format; data_tools/README.md lists forty others):",
+            command("mmit", "train", run / "config.yaml", "output=runs/mine", mine),
+            "The same on a GPU with a model of 7B; the recipe names the data that it needs:",
+            command("mmit", "train", recipes() / "llava15_7b_lora.yaml"),
+        )
     )
 
 

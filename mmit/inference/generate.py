@@ -171,6 +171,10 @@ class Model:
         except SampleError as error:
             raise SampleError(str(error) if asked.where == "prompt" else f"{asked.where}: {error}") from None
 
+    def check(self, asked: Conversation, sampling: Sampling) -> None:
+        """SampleError if it cannot be asked: a picture too many, or more tokens than the language model reads."""
+        self._check_length(asked, self.prompt(asked), sampling)
+
     @torch.no_grad()
     def generate(self, asked: Sequence[Conversation], sampling: Sampling, *, first: int = 0) -> list[list[int]]:
         """The new ids of each conversation up to and with its end, all computed as one batch.

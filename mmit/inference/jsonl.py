@@ -51,7 +51,7 @@ def answer_file(
     settings = {"run": model.fingerprint(), "sampling": asdict(sampling), "system": system}
     done = _answered(lines, source, out, settings)
     for line in lines[done:]:
-        model.prompt(_conversation(line, source, system))
+        model.check(_conversation(line, source, system), sampling)
     before = done
     with out.open("ab") as opened:
         progress(done, len(lines))

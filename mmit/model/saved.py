@@ -37,10 +37,12 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
     folder = run if (run / "model.json").exists() else run / "final"
     try:
         record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{run}: holds no finished run (no final/model.json); finish it with `mmit train {run}/config.yaml`"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        begun = (run / "config.yaml").exists()
+        remedy = (
+            f"finish it with `mmit train {run / 'config.yaml'}`" if begun else "name the `output` of a finished run"
+        )
+        raise ConfigError(f"{run}: holds no finished run (no final/model.json); {remedy}") from None
     if record["format"] != FORMAT:
         raise ConfigError(f"{folder}: model format {record['format']}, this mmit reads {FORMAT}; upgrade mmit")
     assembly = assemble(schema.Model.model_validate(record["model"]), seed=record["seed"], cache=cache)

@@ -36,7 +36,7 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         self._faults: dict[str, Exception] = {}
         for name in names:
-            make = _maker(name)
+            make = maker(name)
             self._try(name, lambda name=name, make=make: self._open.update({name: _begun(make(run.name, run))}))
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
@@ -59,7 +59,7 @@ class Trackers:
             self._say(f"trackers: {name} fails and is left out ({type(error).__name__}: {told}); the run goes on")
 
 
-def _maker(name: str) -> Callable[[str, Path], Any]:
+def maker(name: str) -> Callable[[str, Path], Any]:
     if name in KNOWN:
         return KNOWN[name]
     module, colon, inside = name.partition(":")

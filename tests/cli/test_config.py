@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from mmit import cli
+from mmit.api import train
 from mmit.config import Config, ConfigError, RandomLanguage, dump_config, load_config, parse_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -97,6 +100,22 @@ def test_a_source_in_short_form_is_a_format_and_its_path() -> None:
     assert (second.format, second.path, second.images, second.repeat) == ("llava", "notes.json", "photos", 2.0)
 
 
+def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    data = "stages.sft.data=[{llava: ~/notes.json, images: ~/photos}, {shards: ~/shards}]"
+    places = ["output=~/run", "cache=~/cache", "model.language=~/llm", "model.vision.pretrained=~/clip.pt"]
+    config = parse_config(good(), "run.yaml", [*places, data])
+    first, second = config.stages[1].data
+    assert (first.path, first.images, second.shards) == (
+        "/home/me/notes.json",
+        "/home/me/photos",
+        "/home/me/shards",
+    )
+    assert (config.output, config.cache, config.model.language) == ("/home/me/run", "/home/me/cache", "/home/me/llm")
+    assert config.model.vision is not None
+    assert config.model.vision.pretrained == "/home/me/clip.pt"
+
+
 def test_a_projector_need_not_be_written() -> None:
     projector = parse_config(good(), "run.yaml").model.projector
     assert projector is not None
@@ -164,11 +183,18 @@ def test_overrides_leave_the_tree_of_the_caller_alone() -> None:
         ("stages.².batch_size=8", r"'²' is none of 0..1"),
         ("stages.-1.batch_size=8", r"'-1' is none of 0..1"),
         ("output.x=3", "output is 'runs/x', which has no keys"),
+        ("stages.align.name.x=3", "stages.align.name is 'align', which has no keys"),
+        ("stages.align.betas.0.x=3", "stages.align.betas.0 is 0.9, which has no keys"),
+        ("stages.align.data..repeat=2", "'' is none of 0..0$"),
+        ("seed=2026-02-30", "is not a YAML value"),
+        ("model.vision={name: a, name: b}", "is not a YAML value"),
     ],
 )
 def test_an_override_that_leads_nowhere_says_where_it_stopped(override: str, told: str) -> None:
+    tree = good()
+    tree["stages"][0]["betas"] = [0.9, 0.95]
     with pytest.raises(ConfigError, match=told) as caught:
-        parse_config(good(), "run.yaml", [override])
+        parse_config(tree, "run.yaml", [override])
     assert repr(override) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -235,6 +261,16 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], object]:
             ["stages.0.data.0.colour: unknown key; known: format, images"],
         ),
         ("stages/0/data/0", {"llava": None}, ["stages.0.data.0: `llava` names no path"]),
+        (
+            "stages/0/data/0",
+            {"llava": "x", "alpaca": "y"},
+            ["stages.0.data.0: found llava and alpaca, but a source has one origin"],
+        ),
+        (
+            "stages/0/data/0",
+            {"shards": "x", "llava": "y", "images": "z"},
+            ["stages.0.data.0: found shards and llava, but a source has one origin"],
+        ),
         ("stages/0/data/0", {}, ["stages.0.data.0: write either `shards: FOLDER` or `FORMAT: PATH`"]),
         ("stages/0/data/0", {"shards": "x", "images": "y"}, ["stages.0.data.0: `images` and `options` belong to a"]),
         ("stages/0/data/0", "x", ["stages.0.data.0: expected keys of its own (format, images, limit, name"]),
@@ -244,7 +280,16 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], object]:
         ("stages/1/name", "align", ["(the whole file): two stages are called 'align'; give each its own name"]),
         ("stages/0/train", {}, ["stages.0.train: nothing is trained; name at least one of vision, projector, lang"]),
         ("eval", {}, ["eval: name a `holdout` share of the training data, or `data` to evaluate on"]),
+        # Keys of other trainers
+        ("stages/0/learning_rate", 1, ["stages.0.learning_rate: unknown key; here it is train: {PART: {lr: ...}}"]),
+        (
+            "stages/0/gradient_accumulation_steps",
+            1,
+            ["stages.0.gradient_accumulation_steps: unknown key; here"],
+        ),
+        ("stages/1/train/llm", {"lr": 1}, ["stages.1.train.llm: unknown key; here it is language"]),
         # Values
+        ("output", "", ["output: String should have at least 1 character; found ''"]),
         ("stages/0/train/projector", 1e-3, ["stages.0.train.projector: expected keys of its own (lr); found 0.001"]),
         ("stages/0/train/projector/lr", float("nan"), ["stages.0.train.projector.lr: expected"]),
         ("stages/0/epochs", float("inf"), ["stages.0.epochs: expected a finite number; found inf"]),
@@ -279,6 +324,8 @@ def test_epochs_and_steps_exclude_each_other() -> None:
         (b"model: {vision: null, language: x, vision: y}\n", "the key 'vision' stands there twice"),
         (b"\xff\xfe\x00", "cannot be read as text"),
         (b"output: a\x00b\n", "not valid YAML"),
+        (b"output: 2026-02-30\n", "not valid YAML"),
+        (b"model:\n\tlanguage: x\n", "line 2.*indent with spaces, not tabs"),
         (b"just text", "expected `key: value` lines with output, model and stages, found 'just text'"),
         (b"- a\n- b\n", "expected `key: value` lines"),
         (b"", "expected `key: value` lines.*found None"),
@@ -293,6 +340,17 @@ def test_a_file_that_is_no_config_is_named_with_its_fault(tmp_path: Path, conten
     with pytest.raises(ConfigError, match=told) as caught:
         load_config(file)
     assert str(caught.value).startswith(str(file))
+
+
+def test_a_folder_in_place_of_a_config_is_answered_with_the_config_inside(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"is a folder; name its config, {tmp_path}/config\.yaml"):
+        load_config(tmp_path)
+
+
+def test_overrides_reach_a_config_that_python_has_loaded() -> None:
+    config = parse_config(good(), "run.yaml")
+    with pytest.raises(ConfigError, match=r"stages\.1\.batch_size: expected greater than 0"):
+        train(config, ["stages.sft.batch_size=0"])
 
 
 def test_anchors_and_merge_keys_of_yaml_work(tmp_path: Path) -> None:
@@ -344,6 +402,9 @@ def test_the_schema_is_json_and_tells_every_key_of_the_recipes(
         ("config", "TINY", "stages.sft.batchsize=8"),
         ("config", "TINY", "stages.sft.data=[{lava: x.json}]"),
         ("train", "TINY", "stages.sft.data=[{lava: x.json}]"),
+        ("config", "TINY", "stages.align.chat=plane"),
+        ("config", "TINY", "model.projector.kind=mlp2x_gelu"),
+        ("config", "TINY", "trackers=[wandbb]"),
         ("config",),
         ("config", "--colour"),
         ("tune",),
@@ -377,4 +438,33 @@ def test_the_installed_command_ends_so_too(tmp_path: Path) -> None:
     )
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr == "nowhere.yaml: no such file; `configs/README.md` lists recipes to copy\n"
+    assert ended.stderr == f"nowhere.yaml: no such file; recipes to copy lie in {RECIPES[0].parent}\n"
+
+
+def test_mmit_alone_prints_what_to_begin_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch)
+    begin = capsys.readouterr().out.partition("To begin with:")[2]
+    for command in ("mmit demo", "mmit train", "mmit generate runs/tiny", "mmit config", "mmit-data --help"):
+        assert command in begin
+
+
+def test_ctrl_c_is_an_interruption_and_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ends: list[int] = []
+
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(cli, "load_config", interrupted)
+    monkeypatch.setattr(cli, "_stop", lambda told, code: ends.append(code))
+    monkeypatch.setattr(sys, "argv", ["mmit", "config", "x.yaml"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ends == [75]
+    assert "Aborted" not in capsys.readouterr().err

@@ -100,7 +100,16 @@ def test_a_run_that_is_not_there_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, tmp_path / "nowhere", "--prompt", "Hi") == 2
-    assert "holds no finished run" in capsys.readouterr().err
+    assert "holds no finished run" in (told := capsys.readouterr().err)
+    assert "mmit train" not in told
+
+
+def test_a_run_that_is_not_finished_is_told_how_to_finish_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("output: x")
+    assert run(monkeypatch, tmp_path, "--prompt", "Hi") == 2
+    assert f"finish it with `mmit train {tmp_path}/config.yaml`" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_on_captions_says_so(

@@ -129,6 +129,7 @@ def test_a_file_that_is_not_ours_is_left_alone(model: Model, source: Path, tmp_p
         ('{"prompt": "Hi", "image": 3}', "images are"),
         ('{"prompt": "Hi", "image": "a.png", "images": []}', "keep one of them"),
         ('{"prompt": "Hi", "image": "nowhere.png"}', r"nowhere\.png is not there"),
+        (json.dumps({"prompt": "long " * 1000}), "the language model reads 2048"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_answered(

@@ -232,8 +232,8 @@ def test_a_signal_to_one_of_two_ranks_before_they_have_met_ends_both(
 
     from mmit import api
 
-    checked = api.check_formats
-    monkeypatch.setattr(api, "check_formats", early)
+    checked = api.check_names
+    monkeypatch.setattr(api, "check_names", early)
     assert ended_ranks(start_ranks(wanted, 2), seconds=60) == [75, 75], said(wanted)
 
 
