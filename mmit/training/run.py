@@ -131,9 +131,11 @@ class RunDirectory:
 
     def begin(self, asked: str) -> None:
         """Stores the config (YAML) and the environment; ConfigError if a begun stage was asked for differently."""
-        file = self.folder / "config.yaml"
-        if file.exists():
-            self._refuse_changes(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(asked))
+        file, begun = self.folder / "config.yaml", self.folder / ".begun.yaml"
+        # Compared with a copy of our own: whoever edits the config.yaml of a run and trains it again asks for changes.
+        if (before := begun if begun.exists() else file).exists():
+            self._refuse_changes(yaml.safe_load(before.read_text(encoding="utf-8")), yaml.safe_load(asked))
+        _write(begun, asked)
         _write(file, asked)
         environment = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
         packages = {name: version(name) for name in PACKAGES}

@@ -31,7 +31,9 @@ class RunLog:
         self, run: Path, stage: str, *, total: int, start: int, active: bool, trackers: Sequence[str] = ()
     ) -> None:
         self.run, self.stage, self.total, self.active = run, stage, total, active
-        self.console = Console(quiet=not active, highlight=False, soft_wrap=not sys.stdout.isatty())
+        # No markup: a source may be called notes[1], which rich would take for a style, or [/notes], which it refuses.
+        wrap = not sys.stdout.isatty()
+        self.console = Console(quiet=not active, highlight=False, markup=False, emoji=False, soft_wrap=wrap)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._start = start

@@ -114,6 +114,41 @@ def test_a_folder_that_is_no_shard_set_is_told(
     assert "Traceback" not in told
 
 
+def test_an_output_where_no_folder_can_be_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    file = recipe(tmp_path, {"shards": str(texts(tmp_path / "shards"))})
+    file.write_text(file.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/file/run"))
+    assert train(monkeypatch, file) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/file" in told
+    assert "name another place" in told
+    assert "Traceback" not in told
+
+
+def test_a_run_whose_own_config_was_edited_is_refused_like_any_other_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, recipe(tmp_path, {"shards": str(texts(tmp_path / "shards"))})) == 0
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("lr: 0.001", "lr: 0.5"))
+    capsys.readouterr()
+    assert train(monkeypatch, config) == 2
+    assert "stages.sft.train.language.lr: was 0.001, now 0.5" in capsys.readouterr().err
+
+
+def test_names_in_brackets_are_no_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe(tmp_path, {"shards": str(texts(tmp_path / "shards")), "name": "part[/1]"})
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree["eval"] = {"holdout": {"fraction": 0.5, "by": "sample"}, "every": 1}
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert train(monkeypatch, file) == 0
+    assert "held-out loss part[/1] " in capsys.readouterr().out
+
+
 def test_a_tokenizer_without_a_template_is_told_which_formats_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
