@@ -132,7 +132,10 @@ def generate(
         typer.echo(note, err=True)
     if prompt is not None:
         asked = conversation(prompt, image or (), system=system)
-        typer.echo(model.chat.decode(model.generate([asked], sampling)[0]))
+        answer = model.chat.decode(model.generate([asked], sampling)[0])
+        typer.echo(answer)
+        if not answer.strip():
+            typer.echo("(an empty answer: the model ended it at once)", err=True)
         return
     assert jsonl is not None
     assert out is not None

@@ -134,6 +134,8 @@ def _check_part(part: Part, images: int, here: str) -> None:
     match part:
         case TextPart(text) if not isinstance(text, str):
             raise SampleError(f"{here}: a text part holds the text {text!r} ({type(text).__name__}); write a string")
+        case TextPart(text) if not _is_whole(text):
+            raise SampleError(f"{here}: {text!r:.60} is no text (half of a character); mend it, or drop it")
         case BoxPart(image, left, top, right, bottom):
             used, corners = (image,), (left, top, right, bottom)
             if not all(isinstance(corner, int | float) for corner in corners):
@@ -148,6 +150,15 @@ def _check_part(part: Part, images: int, here: str) -> None:
                 f"{here}: names image {index!r}, but the sample holds {images}; "
                 f"count from 0 and add the missing picture"
             )
+
+
+def _is_whole(text: str) -> bool:
+    r"""Whether each character is whole; JSON can escape half of one (`\ud83d`), which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_json(sample: Sample) -> str:

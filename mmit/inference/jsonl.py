@@ -59,7 +59,8 @@ def answer_file(
             batch = lines[done : done + batch_size]
             ids = model.generate([_conversation(line, source, system) for line in batch], sampling, first=done)
             answers = [line.record | {"answer": model.chat.decode(new)} for line, new in zip(batch, ids, strict=True)]
-            opened.write("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers).encode())
+            written = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            opened.write(written.encode(errors="backslashreplace"))  # half a character: as JSON escapes it
             opened.flush()
             os.fsync(opened.fileno())
             done += len(batch)
@@ -70,7 +71,7 @@ def answer_file(
 def read_lines(source: Path) -> list[Line]:
     """The objects of a JSONL file; blank lines are skipped. Raises ConfigError for the file, SampleError for a line."""
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read ({error}); name a JSONL file in UTF-8") from None
     lines = []

@@ -6,15 +6,19 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mmit.config import ConfigError
 from mmit.data.cache import RecordCache
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ConfigError(f"{file}: missing, cut or damaged ({error}); copy it again from where it was made") from None
 
 
 def provenance(name: str, language_config: Any, cache: Path | None) -> dict[str, Any]:

@@ -43,6 +43,8 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
             f"finish it with `mmit train {run / 'config.yaml'}`" if begun else "name the `output` of a finished run"
         )
         raise ConfigError(f"{run}: holds no finished run (no final/model.json); {remedy}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{folder / 'model.json'}: damaged ({error}); copy it again from where it was made") from None
     if record["format"] != FORMAT:
         raise ConfigError(f"{folder}: model format {record['format']}, this mmit reads {FORMAT}; upgrade mmit")
     assembly = assemble(schema.Model.model_validate(record["model"]), seed=record["seed"], cache=cache)
@@ -50,6 +52,8 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
     if record["lora"] is not None:
         add_lora(assembly, schema.Lora(**record["lora"]), seed=record["seed"])
     restore(assembly, read_tensors(folder / "model.safetensors"), str(folder))
+    if not (folder / "tokenizer").is_dir():
+        raise ConfigError(f"{folder}: no tokenizer/ in it; copy the folder again, whole, from where it was made")
     assembly.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     assembly.vlm.float().eval()
     vision = assembly.vlm.vision

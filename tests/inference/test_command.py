@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -110,6 +112,26 @@ def test_a_run_that_is_not_finished_is_told_how_to_finish_it(
     (tmp_path / "config.yaml").write_text("output: x")
     assert run(monkeypatch, tmp_path, "--prompt", "Hi") == 2
     assert f"finish it with `mmit train {tmp_path}/config.yaml`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["missing weights", "cut weights", "missing tokenizer", "cut record"])
+def test_a_run_that_was_not_copied_whole_is_named(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    final = shutil.copytree(tiny_run, tmp_path / "copy") / "final"
+    match harm:
+        case "missing weights":
+            (final / "model.safetensors").unlink()
+        case "cut weights":
+            os.truncate(final / "model.safetensors", 3000)
+        case "missing tokenizer":
+            shutil.rmtree(final / "tokenizer")
+        case "cut record":
+            os.truncate(final / "model.json", 100)
+    assert run(monkeypatch, tmp_path / "copy", "--prompt", "Hi") == 2
+    told = capsys.readouterr().err
+    assert str(final) in told
+    assert "copy" in told.partition(";")[2]
 
 
 def test_a_run_that_ended_on_captions_says_so(

@@ -85,6 +85,14 @@ def test_an_interrupted_file_goes_on_to_the_same_bytes(
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_what_json_may_hold_and_text_may_not_comes_back_as_it_came(model: Model, tmp_path: Path) -> None:
+    source, out = tmp_path / "half.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "Hi", "note": "half of a pair: \\ud83d"}\r\n')
+    assert answer_file(model, source, out, sampling=Sampling(3)) == (0, 1)
+    assert json.loads(out.read_bytes())["note"] == "half of a pair: \ud83d"
+    assert answer_file(model, source, out, sampling=Sampling(3)) == (1, 1)
+
+
 def test_lines_added_to_the_input_are_answered_later(model: Model, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     answer_file(model, source, out, sampling=DRAWN)
@@ -120,6 +128,7 @@ def test_a_file_that_is_not_ours_is_left_alone(model: Model, source: Path, tmp_p
     ("line", "named"),
     [
         ("{", "not JSON"),
+        (r'{"prompt": "\ud83d"}', "is no text"),
         ("[1]", "either"),
         ('{"text": "Hi"}', "either"),
         ('{"prompt": "Hi", "messages": []}', "either"),
