@@ -24,7 +24,7 @@ def train(
     Raises ConfigError or SampleError for faults of the input, and mmit.training.run.Interrupted when a signal stopped
     the run after saving it.
     """
-    if not isinstance(config, Config):
+    if isinstance(config, Path | str):
         config = load_config(Path(config), overrides)
     elif overrides:
         config = parse_config(config.model_dump(mode="json"), "config", overrides)

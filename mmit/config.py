@@ -173,7 +173,7 @@ class Source(Section):
         other = [
             key
             for key in tree
-            if key not in cls.model_fields and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.6)
+            if key not in cls.model_fields and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.8)
         ]
         origins = [str(key) for key in tree if key == "shards" or (key in other and isinstance(tree[key], str))]
         if len(origins) > 1:
@@ -336,7 +336,7 @@ class Config(Section):
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Compute precision; auto: bf16 on a GPU that has it, else fp32. Trained parameters are fp32 in any case (fp64 for
     tests of exactness)."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """How several ranks share the model: `ddp` replicates it; `fsdp` shards parameters, gradients and optimizer state;
     `hsdp` shards within a node and replicates between nodes."""

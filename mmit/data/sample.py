@@ -135,7 +135,7 @@ def _check_part(part: Part, images: int, here: str) -> None:
         case TextPart(text) if not isinstance(text, str):
             raise SampleError(f"{here}: a text part holds the text {text!r} ({type(text).__name__}); write a string")
         case TextPart(text) if not _is_whole(text):
-            raise SampleError(f"{here}: {text!r:.60} is no text (half of a character); mend it, or drop it")
+            raise SampleError(f"{here}: holds half of a character (an escape \\ud800 to \\udfff); mend it")
         case BoxPart(image, left, top, right, bottom):
             used, corners = (image,), (left, top, right, bottom)
             if not all(isinstance(corner, int | float) for corner in corners):

@@ -57,7 +57,7 @@ Asked = str | Sequence[Mapping[str, Any] | Message] | Conversation
 
 def conversation(
     asked: Asked,
-    images: Sequence[ImageLike] = (),
+    images: ImageLike | Sequence[ImageLike] = (),
     *,
     system: str | None = None,
     folder: Path | None = None,
@@ -65,14 +65,20 @@ def conversation(
 ) -> Conversation:
     """What `asked` means; SampleError at `where` if it is no conversation that ends with a turn to answer.
 
-    Before a bare string, all `images` are shown in order. `system` opens a conversation that has no system message;
-    paths of pictures are relative to `folder`.
+    Before a bare string, all `images` (or the one picture) are shown in order. `system` opens a conversation that has
+    no system message; paths of pictures are relative to `folder`.
     """
     if isinstance(asked, Conversation):
         return asked
+    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+        images = [images]
     pictures = [picture_of(image, where, folder=folder) for image in images]
     if isinstance(asked, str):
         messages = [message("user", *(ImagePart(number) for number in range(len(pictures))), asked)]
+    elif not isinstance(asked, Sequence) or not asked:
+        raise SampleError(
+            f"{where}: a conversation is a text or a list of messages with one at least, found {asked!r:.60}"
+        )
     else:
         messages = [_message(item, pictures, folder, f"{where}: message {n}") for n, item in enumerate(asked)]
     if system is not None and not (messages and messages[0].role == "system"):

@@ -74,6 +74,10 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device: {device}, but torch sees no GPU (its driver, or a build for CPUs); write auto or cpu"
+        )
     cache = cache if cache is not None else cache_folder(None)
     saved = load_saved(Path(run), cache=cache)
     return Model(saved, run=Path(run), cache=cache, device=torch.device(device), dtype=DTYPES[precision])
@@ -125,7 +129,7 @@ class Model:
     def answer(
         self,
         messages: Asked,
-        images: Sequence[ImageLike] = (),
+        images: ImageLike | Sequence[ImageLike] = (),
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,

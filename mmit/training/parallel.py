@@ -31,6 +31,8 @@ TIMEOUT = timedelta(minutes=5)
 def start(config: Config) -> Accelerator:
     """Device, autocast, backward and the process group; loaders and schedules stay ours (accelerate would split and
     step them anew)."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda, but torch sees no GPU (its driver, or a build for CPUs); write auto or cpu")
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda and torch.cuda.is_bf16_supported())
     # accelerate keeps the precision of the process's first run for good, and refuses another.

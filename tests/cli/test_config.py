@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_tools.formats import FORMATS
 from mmit import cli
 from mmit.api import train
 from mmit.config import Config, ConfigError, RandomLanguage, dump_config, load_config, parse_config
@@ -98,6 +99,14 @@ def test_a_source_in_short_form_is_a_format_and_its_path() -> None:
     first, second = parse_config(good(), "run.yaml").stages[1].data
     assert (first.shards, first.format, first.title) == ("data/b", None, "b")
     assert (second.format, second.path, second.images, second.repeat) == ("llava", "notes.json", "photos", 2.0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_may_be_named_in_the_short_form(name: str) -> None:
+    """`messages` was taken for a misspelt `images`."""
+    source = f"stages.align.data=[{{{name}: rows.json, images: photos}}]"
+    (found,) = parse_config(good(), "run.yaml", [source]).stages[0].data
+    assert (found.format, found.path, found.images) == (name, "rows.json", "photos")
 
 
 def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(monkeypatch: pytest.MonkeyPatch) -> None:

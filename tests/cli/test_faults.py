@@ -114,6 +114,16 @@ def test_a_folder_that_is_no_shard_set_is_told(
     assert "Traceback" not in told
 
 
+def test_a_gpu_that_is_not_there_is_told_and_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe(tmp_path, {"shards": str(texts(tmp_path / "shards"))})
+    file.write_text(file.read_text().replace("device: cpu", "device: cuda"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert train(monkeypatch, file) == 2
+    assert "device: cuda, but torch sees no GPU" in capsys.readouterr().err
+
+
 def test_an_output_where_no_folder_can_be_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

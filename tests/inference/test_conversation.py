@@ -71,6 +71,13 @@ def test_paths_are_relative_to_the_folder(tmp_path: Path) -> None:
     assert asked.pictures[0].picture.data == FILES["rgb"]
 
 
+def test_one_picture_need_not_stand_in_a_list(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(FILES["rgb"])
+    file, data = tmp_path / "picture.png", FILES["rgb"]
+    for image in (file, str(file), data, Image.open(io.BytesIO(data)), decode(data, "test")):
+        assert [shown.picture.width for shown in conversation("What?", image).pictures] == [14]
+
+
 def test_a_system_text_opens_only_what_has_none() -> None:
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "Hi"}]
     assert [item.text for item in conversation("Hi", system="given").messages] == ["given", "Hi"]
@@ -90,7 +97,9 @@ USER = {"role": "user", "content": "Hi"}
 @pytest.mark.parametrize(
     ("asked", "images", "named"),
     [
-        ([], [], "no messages"),
+        ([], [], "a text or a list of messages"),
+        (None, [], "a text or a list of messages"),
+        ({"role": "user", "content": "Hi"}, [], "a text or a list of messages"),
         ([USER, {"role": "assistant", "content": "Hello"}], [], "end it with a user message"),
         ([{"role": "usr", "content": "Hi"}], [], "role 'usr' is unknown"),
         ([USER, {"role": "system", "content": "late"}, USER], [], "must come first"),
