@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmit.config import Config, ConfigError, Source, dump_config, load_config, parse_config, suggest
 
@@ -14,9 +15,13 @@ Say = Callable[[str], object]
 
 
 def train(
-    config: Config | Path | str, overrides: Sequence[str] = (), *, check_memory: bool = False, processes: int = 1
+    config: Config | Mapping[str, Any] | Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    check_memory: bool = False,
+    processes: int = 1,
 ) -> Path:
-    """Runs, or goes on with, what the config's `output` names, and returns its `final/`.
+    """Runs, or goes on with, what the config's `output` names, and returns its `final/`; a file, its tree, or loaded.
 
     With `check_memory` each stage computes its longest step first, which changes no result; neither does the number of
     `processes` that convert its sources (more than one needs `if __name__ == "__main__":` in a script).
@@ -26,8 +31,9 @@ def train(
     """
     if isinstance(config, Path | str):
         config = load_config(Path(config), overrides)
-    elif overrides:
-        config = parse_config(config.model_dump(mode="json"), "config", overrides)
+    elif overrides or not isinstance(config, Config):
+        tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
+        config = parse_config(tree, "config", overrides)
     check_names(config)
     from mmit.training.loop import train as run  # the seconds of torch and transformers, once the config is right
 

@@ -358,8 +358,9 @@ def test_a_folder_in_place_of_a_config_is_answered_with_the_config_inside(tmp_pa
 
 def test_overrides_reach_a_config_that_python_has_loaded() -> None:
     config = parse_config(good(), "run.yaml")
-    with pytest.raises(ConfigError, match=r"stages\.1\.batch_size: expected greater than 0"):
-        train(config, ["stages.sft.batch_size=0"])
+    for given in (config, good()):
+        with pytest.raises(ConfigError, match=r"stages\.1\.batch_size: expected greater than 0"):
+            train(given, ["stages.sft.batch_size=0"])
 
 
 def test_anchors_and_merge_keys_of_yaml_work(tmp_path: Path) -> None:
