@@ -7,17 +7,21 @@ for that), deals them to all ranks alike, and decodes the pictures of its own ra
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, Rendered, cut
@@ -182,6 +186,8 @@ class Steps(Dataset[Step]):
     row_images: int | None = None
     costs: Costs = field(default_factory=Costs)
     on_bad_sample: Literal["raise", "skip"] = "raise"
+    reading: Tensor | None = None
+    """`(workers, 3)` int64 in shared memory: each worker's process, and the source and index of what it reads."""
 
     def __getitem__(self, number: int) -> Step:
         occurrences = self.order.step(number)
@@ -256,7 +262,9 @@ class Steps(Dataset[Step]):
 
     def _guard(self, occurrence: Occurrence, read: Callable[[Encoder, int], T]) -> T | Hole:
         """What `read` gives, or a hole where the sample is bad and the stage says to skip such samples."""
-        encoder = self.encoders[occurrence.source]
+        encoder, worker = self.encoders[occurrence.source], get_worker_info()
+        if self.reading is not None and worker is not None:
+            self.reading[worker.id, 1:] = torch.tensor((occurrence.source, occurrence.index))
         try:
             return read(encoder, occurrence.index)
         except SampleError as error:
@@ -270,7 +278,12 @@ def _shown(example: Example) -> list[bytes]:
 
 
 def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120) -> Iterator[Step]:
-    """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one)."""
+    """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one).
+
+    SampleError names what the workers read when one of them dies, or when no step comes for `timeout` seconds.
+    """
+    if workers:
+        steps = replace(steps, reading=torch.full((workers, 3), -1).share_memory_())
     loader = DataLoader(
         _Told(steps),
         sampler=range(start, stop),
@@ -283,10 +296,56 @@ def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 
         generator=torch.Generator(),
         worker_init_fn=_prepare_worker,
     )
-    for step in loader:
-        if isinstance(step, SampleError):
-            raise step
-        yield step
+    made = iter(loader)
+    with _deaths_told(steps):
+        while True:
+            try:
+                step = next(made, None)
+            except RuntimeError as error:
+                if steps.reading is None or not str(error).startswith("DataLoader "):
+                    raise
+                fault = _lost(steps, error)
+                for process in steps.reading[:, 0].tolist():
+                    if process > 0:
+                        with suppress(ProcessLookupError):
+                            os.kill(process, signal.SIGKILL)  # what hangs heeds nothing less, and would be waited for
+                raise fault from None
+            if isinstance(step, SampleError):
+                raise step
+            if step is None:
+                return
+            yield step
+
+
+@contextmanager
+def _deaths_told(steps: Steps) -> Iterator[None]:
+    """torch raises where a worker's death is noticed, anywhere in the training; inside the block, what it read too."""
+    before = signal.getsignal(signal.SIGCHLD)
+
+    def told(number: int, frame: FrameType | None) -> None:
+        if callable(before):
+            try:
+                before(number, frame)
+            except RuntimeError as error:
+                raise _lost(steps, error) from None
+
+    if steps.reading is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGCHLD, told)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _lost(steps: Steps, error: RuntimeError) -> SampleError:
+    assert steps.reading is not None
+    found = [steps.encoders[source].shards.where(index) for _, source, index in steps.reading.tolist() if source >= 0]
+    return SampleError(
+        f"loader: {' '.join(str(error).split())[:200]} In the hands of its workers: {', '.join(found) or 'no sample'}. "
+        f"Look at them with `mmit-data verify`; if memory ran out, lower `workers`"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,10 +355,18 @@ class _Told(Dataset[Step | SampleError]):
     steps: Steps
 
     def __getitem__(self, number: int) -> Step | SampleError:
+        self._reads_nothing()
         try:
             return self.steps[number]
         except SampleError as error:
             return error
+        finally:
+            self._reads_nothing()
+
+    def _reads_nothing(self) -> None:
+        worker = get_worker_info()
+        if self.steps.reading is not None and worker is not None:
+            self.steps.reading[worker.id] = torch.tensor((os.getpid(), -1, -1))
 
 
 def _prepare_worker(_worker: int) -> None:

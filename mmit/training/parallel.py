@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal, cast
+from functools import lru_cache
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,10 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 from mmit.config import Config, ConfigError
 from mmit.model.vlm import VLM
 
+T = TypeVar("T")
 Spread = Literal["ddp", "fsdp", "hsdp"]
 
 TIMEOUT = timedelta(minutes=5)
-"""How long a rank waits for the others before it gives up; longer than any step, evaluation or save."""
+"""How long a rank waits for the others within a step before it gives up."""
+
+PATIENCE = timedelta(hours=3)
+"""How long it waits while others load, read or write files: a large checkpoint on a slow disk takes its time. One that
+dies is noticed at once all the same, because its connections close."""
 
 
 def start(config: Config) -> Accelerator:
@@ -37,7 +44,10 @@ def start(config: Config) -> Accelerator:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda and torch.cuda.is_bf16_supported())
     # accelerate keeps the precision of the process's first run for good, and refuses another.
     AcceleratorState._reset_state(reset_partial_state=True)
-    group = InitProcessGroupKwargs(timeout=TIMEOUT)
+    # Offloaded gradients lie on the CPU, where nccl cannot sum them.
+    mixed = on_cuda and config.offload and "LOCAL_RANK" in os.environ
+    backend: dict[str, Any] = {"backend": "cuda:nccl,cpu:gloo"} if mixed else {}
+    group = InitProcessGroupKwargs(timeout=TIMEOUT, **backend)
     return Accelerator(cpu=not on_cuda, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[group])
 
 
@@ -105,18 +115,47 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
     on_all(accelerator, action if accelerator.is_main_process else lambda: None)
 
 
-def on_all(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Runs `action` on every rank; if it fails on one, all of them stop."""
+def on_all(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` gives on each rank; if it fails on one, all of them stop."""
+    found: list[T] = []
     fault: Exception | None = None
     try:
-        action()
+        found.append(action())
     except Exception as error:
         fault = error
-    (failed,) = agreed(accelerator, fault is not None)
+    failed = torch.tensor(fault is not None, dtype=torch.int64)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(failed, group=patient_group())
     if fault is not None:
         raise fault
     if failed:
         raise OtherRankFailed("another rank has stopped")
+    return found[0]
+
+
+def from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, on every rank."""
+    found: list[Any] = [on_all(accelerator, action if accelerator.is_main_process else lambda: None)]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(found, group=patient_group())
+    return found[0]
+
+
+def together(accelerator: Accelerator, items: Iterator[T]) -> Iterator[T]:
+    """The items of each rank, of which all have as many; if making one fails on one rank, all of them stop."""
+    while (item := on_all(accelerator, lambda: next(items, None))) is not None:
+        yield item
+
+
+def patient_group() -> ProcessGroup | None:
+    """The ranks on the CPU, where they wait for each other's files; None where there is one rank."""
+    default = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    return _patient_twin(default) if default is not None else None
+
+
+@lru_cache(maxsize=1)
+def _patient_twin(_default: ProcessGroup) -> ProcessGroup:
+    return cast(ProcessGroup, torch.distributed.new_group(timeout=PATIENCE, backend="gloo"))
 
 
 def agreed(accelerator: Accelerator, *values: int) -> list[int]:
