@@ -40,6 +40,8 @@ STATE = "state.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer"
 """A folder of torch.distributed.checkpoint's, in safetensors: written by all ranks, read by any number of them."""
+ASIDE = ".before"
+"""Ending of a checkpoint that gives way to one of the same step."""
 NAME = re.compile(r"(?P<stage>.+)-step-(?P<step>\d+)")
 
 
@@ -100,10 +102,13 @@ def save(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
         _flushed_sha256(temporary / MANIFEST)
         _flush_folder(temporary)
-        if folder.exists():  # the same step saved again after a resume: the same bits
-            shutil.rmtree(folder)
+        aside = folder.with_name(folder.name + ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():  # the same step again, its evaluation made meanwhile
+            folder.rename(aside)
         temporary.rename(folder)
         _flush_folder(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
 
     whole = _gathered(tensors, keep=accelerator.is_main_process)
     try:
@@ -133,7 +138,12 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, accelerator: Acce
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         try:
             with _quiet_alone():
-                state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=not sharded)
+                state_dict_saver.save(
+                    dict(tensors),
+                    storage_writer=writer,
+                    no_dist=not sharded,
+                    process_group=parallel.patient_group() if sharded else None,
+                )
         except CheckpointException as error:  # the faults of all ranks, and not an Exception
             faults = [fault for fault, _ in error.failures.values()]
             if not all(isinstance(fault, OSError | SafetensorError) for fault in faults):
@@ -146,7 +156,12 @@ def read_shards(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     reader = HuggingFaceStorageReader(str(checkpoint.folder / OPTIMIZER))
     with _quiet_alone():
-        state_dict_loader.load(dict(tensors), storage_reader=reader, no_dist=not sharded)
+        state_dict_loader.load(
+            dict(tensors),
+            storage_reader=reader,
+            no_dist=not sharded,
+            process_group=parallel.patient_group() if sharded else None,
+        )
 
 
 @contextmanager
@@ -158,7 +173,8 @@ def _quiet_alone() -> Iterator[None]:
 
 
 def load(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, or CheckpointError that names the file that is missing or changed."""
+    """The checkpoint in `folder`; CheckpointError names the file that is missing or changed, ConfigError a format that
+    is not ours."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -175,12 +191,19 @@ def load(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{folder / name}: its bytes have changed since it was written; remove the folder")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
-        raise CheckpointError(f"{folder}: checkpoint format {state['format']}, this mmit reads {FORMAT}")
+        # Not a CheckpointError: going back to one before would begin anew, and remove what another mmit can read.
+        raise ConfigError(
+            f"{folder}: checkpoint format {state['format']}, this mmit reads {FORMAT}; go on with the mmit that wrote "
+            f"it, or name another output"
+        )
     return Checkpoint(folder, state)
 
 
 def newest(checkpoints: Path, stage: str) -> Checkpoint | None:
     """The whole checkpoint of `stage` with the highest step; those that are not whole are named and passed over."""
+    for aside in checkpoints.glob(f"*{ASIDE}"):
+        if not aside.with_suffix("").exists():  # a kill fell between two renames
+            aside.rename(aside.with_suffix(""))
     for _, folder in reversed(_of_stage(checkpoints, stage)):
         try:
             return load(folder)
@@ -204,8 +227,9 @@ def prune(checkpoints: Path, stage: str, *, step: int, keep: int, best: int | No
     for number, folder in folders:
         if number not in kept and number != best:
             shutil.rmtree(folder)
-    for folder in checkpoints.glob("*.tmp"):
-        shutil.rmtree(folder)
+    for ending in (".tmp", ASIDE):
+        for folder in checkpoints.glob(f"*{ending}"):
+            shutil.rmtree(folder)
 
 
 def _of_stage(checkpoints: Path, stage: str) -> list[tuple[int, Path]]:

@@ -112,8 +112,9 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the directory; ConfigError names the process that already does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with _told(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             try:
                 # Of this process alone: flock would pass to the loader's workers, which outlive a SIGKILL by seconds.
@@ -135,14 +136,15 @@ class RunDirectory:
         # Compared with a copy of our own: whoever edits the config.yaml of a run and trains it again asks for changes.
         if (before := begun if begun.exists() else file).exists():
             self._refuse_changes(yaml.safe_load(before.read_text(encoding="utf-8")), yaml.safe_load(asked))
-        _write(begun, asked)
-        _write(file, asked)
         environment = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
         packages = {name: version(name) for name in PACKAGES}
-        _write(self.folder / "environment.json", json.dumps(environment | {"packages": packages}, indent=1))
-        self.preempted.unlink(missing_ok=True)
-        for name in ("metrics.jsonl", "skipped.jsonl"):
-            _drop_torn_line(self.folder / name)
+        with _told(self.folder):
+            write(begun, asked.encode())
+            write(file, asked.encode())
+            write(self.folder / "environment.json", json.dumps(environment | {"packages": packages}, indent=1).encode())
+            self.preempted.unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "skipped.jsonl"):
+                _drop_torn_line(self.folder / name)
 
     def checkpoint(self, stage: str, step: int) -> Path:
         return self.checkpoints / f"{stage}-step-{step}"
@@ -184,10 +186,23 @@ def _differences(before: Any, now: Any, free: set[str], path: str) -> Iterator[s
         yield f"{path.rstrip('.')}: was {before!r}, now {now!r}"
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, content: bytes) -> None:
+    """At once or not at all."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.rename(file)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """ConfigError for a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"output: {folder} cannot be written ({error.strerror}: {error.filename}); free some space, or name a "
+            f"folder that can"
+        ) from error
 
 
 def _drop_torn_line(file: Path) -> None:

@@ -48,21 +48,36 @@ class Progress:
     """Held-out loss per supervised token of all sources together."""
 
 
-def start(config: Config, number: int, run: RunDirectory, resumed: Checkpoint | None, cache: Path) -> Assembly:
-    """The model at the start of stage `number`, or as `resumed` left it: pretrained parts and the run's own tensors.
+def where_to_go_on(config: Config, run: RunDirectory) -> tuple[int, Checkpoint | None]:
+    """The first stage that is not finished, and its newest checkpoint if it has begun.
 
-    Without `resumed` the stage starts from the finished checkpoint of the one before; its adapter is merged, unless
-    this stage trains the same one further.
+    Whatever became of its files, a stage that a later one went on from is finished.
+    """
+    for number in reversed(range(len(config.stages))):
+        found = run.newest(config.stages[number].name)
+        if found is not None:
+            return (number + 1, None) if found.finished else (number, found)
+    return 0, None
+
+
+def finished_before(config: Config, number: int, run: RunDirectory) -> Checkpoint | None:
+    """What stage `number` starts from: the finished checkpoint of the one before, None for the first."""
+    if number == 0:
+        return None
+    before = config.stages[number - 1].name
+    found = run.newest(before)
+    if found is None or not found.finished:
+        raise ConfigError(f"{run.folder}: stage {before} has no whole checkpoint; remove the folder and start again")
+    return found
+
+
+def start(config: Config, number: int, origin: Checkpoint | None, cache: Path) -> Assembly:
+    """The model of stage `number` as `origin` left it: pretrained parts and the run's own tensors.
+
+    `origin` is a checkpoint of the stage itself or `finished_before`, whose adapter is merged, unless this stage trains
+    the same one further.
     """
     assembly = assemble(config.model, seed=config.seed, cache=cache)
-    origin = resumed
-    if origin is None and number > 0:
-        before = config.stages[number - 1].name
-        origin = run.newest(before)
-        if origin is None or not origin.finished:
-            raise ConfigError(
-                f"{run.folder}: stage {before} has no whole checkpoint; remove the folder and start again"
-            )
     if origin is not None:
         _check_sources(origin, assembly)
         lora = origin.state["model"]["lora"]
@@ -170,10 +185,16 @@ def finish(config: Config, run: RunDirectory) -> None:
     last = run.newest(config.stages[-1].name)
     assert last is not None
     assert last.finished
-    _hand_over(last, run.final)
     best = Progress(**last.state["progress"]).best_step
-    if best is not None:
-        _hand_over(checkpoint.load(run.checkpoint(config.stages[-1].name, best)), run.final.with_name("best"))
+    try:
+        _hand_over(last, run.final)
+        if best is not None:
+            _hand_over(checkpoint.load(run.checkpoint(config.stages[-1].name, best)), run.final.with_name("best"))
+    except OSError as error:
+        raise ConfigError(
+            f"{run.final}: could not be written ({error}); the training is done and saved: free some space, and the "
+            f"same command writes it"
+        ) from error
 
 
 def _hand_over(found: Checkpoint, folder: Path) -> None:

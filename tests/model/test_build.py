@@ -161,7 +161,8 @@ def test_merging_an_adapter_changes_no_loss(language: dict[str, Any], tmp_path: 
 
 
 def start_of(wanted: Config, number: int) -> Assembly:
-    return state.start(wanted, number, RunDirectory(Path(wanted.output)), None, Path(str(wanted.cache)))
+    origin = state.finished_before(wanted, number, RunDirectory(Path(wanted.output)))
+    return state.start(wanted, number, origin, Path(str(wanted.cache)))
 
 
 def test_the_next_stage_continues_the_same_adapter_or_merges_it(tmp_path: Path, data: Path) -> None:

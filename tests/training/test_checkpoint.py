@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from mmit.config import ConfigError
 from mmit.training import checkpoint
 from mmit.training.checkpoint import CheckpointError
 
@@ -158,3 +159,13 @@ def test_pruning_does_not_keep_a_broken_later_one_in_place_of_a_whole_one(tmp_pa
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
     endings = {file.suffix for file in save(tmp_path, 1).folder.rglob("*") if file.is_file()}
     assert endings == {".json", ".safetensors"}
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_not_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (3, 12):
+        save(tmp_path, step)
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with pytest.raises(ConfigError, match="sft-step-12: checkpoint format 1, this mmit reads 2"):
+        checkpoint.newest(tmp_path, "sft")
