@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmit.config import ConfigError, Stage
@@ -32,7 +33,8 @@ def finite_norm(optimizer: torch.optim.Optimizer, sums: Tensor, step: Step, stag
 class Gradients:
     """Fails the run if what is declared trained gets no gradient within two steps that could give it one."""
 
-    def __init__(self, assembly: Assembly) -> None:
+    def __init__(self, assembly: Assembly, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         trained = [(name, p) for name, p in assembly.vlm.named_parameters() if p.requires_grad]
         self._waiting = dict(trained)
         self._chances = {"text": 0, "picture": 0}
@@ -41,8 +43,10 @@ class Gradients:
         if not self._waiting:
             return
         learned = any(len(row.predicts) for row in step.rows)
-        self._chances["text"] += learned
-        self._chances["picture"] += any(_learns_from_pictures(row) for row in step.rows)
+        seen = any(_learns_from_pictures(row) for row in step.rows)
+        learned, seen = parallel.agreed(self._accelerator, learned, seen)
+        self._chances["text"] += bool(learned)
+        self._chances["picture"] += bool(seen)
         for name in [name for name, p in self._waiting.items() if p.grad is not None and bool(whole(p.grad).any())]:
             del self._waiting[name]
         late = [

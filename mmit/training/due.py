@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from mmit.data.packing import Row
 from mmit.training import parallel, state
 from mmit.training.data import StageData
 from mmit.training.run import Interrupted
+from mmit.training.runlog import or_none
 from mmit.training.stage import RunningStage
 
 
@@ -27,15 +29,17 @@ def do_what_is_due(at: RunningStage) -> None:
     """What is due after a step: an evaluation, a checkpoint. Interrupted once a rank was asked to stop."""
     progress, settings = at.progress, at.settings
     best = False
+    if at.config.eval is None or at.data.held_out is None:
+        progress.evaluation_due = False  # it was, before `eval` was taken out of the config
     if progress.evaluation_due:
         record = _evaluate(at)
         if record is None:
             save_and_stop(at)
         at.log.evaluation(record)
         progress.evaluation_due = False
-        assert at.config.eval is not None
-        if at.config.eval.keep_best and record["loss"] < progress.best_loss:
-            progress.best_step, progress.best_loss, best = progress.done, record["loss"], True
+        loss = record["loss"]
+        if at.config.eval is not None and at.config.eval.keep_best and loss is not None and loss < progress.best_loss:
+            progress.best_step, progress.best_loss, best = progress.done, loss, True
     last = progress.done == at.data.total
     if not last and at.stopping():
         save_and_stop(at)
@@ -71,8 +75,11 @@ def save_and_stop(at: RunningStage) -> NoReturn:
 
 
 def _save(at: RunningStage) -> None:
+    if at.saved == at.progress:
+        return
     before = time.monotonic()
     state.save(at.config, at.number, at.run, at.assembly, at.optimizer, at.data, at.progress, at.accelerator)
+    at.saved = replace(at.progress)
     at.saving += time.monotonic() - before
 
 
@@ -84,26 +91,37 @@ def say_cost(at: RunningStage, seconds: float) -> None:
 @torch.no_grad()
 def _evaluate(at: RunningStage) -> dict[str, Any] | None:
     """Held-out loss of each source, per supervised token; None once a rank was asked to stop."""
-    data, model, accelerator = at.data, at.model, at.accelerator
-    assert data.held_out is not None
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
-    sums = torch.zeros(len(data.titles), 2, dtype=torch.float64, device=accelerator.device)
-    for step in load(data.held_out, 0, data.held_out.order.steps(0), workers=min(at.config.workers, 1)):
+    modes = [module for module in at.model.modules() if module.training]
+    at.model.eval()
+    try:
+        sums = _held_out_sums(at)
+    finally:
+        for module in modes:
+            module.training = True
+        parallel.reshard(at.model)
+    if sums is None:
+        return None
+    found = zip(at.data.titles, sums.tolist(), strict=True)
+    losses = {title: or_none(total / count) for title, (total, count) in found if count}
+    total, count = sums.sum(0).tolist()
+    record = {"stage": at.settings.name, "step": at.progress.done, "held_out": losses, "supervised": int(count)}
+    return record | {"loss": or_none(total / max(count, 1))}
+
+
+def _held_out_sums(at: RunningStage) -> Tensor | None:
+    """(sources, 2): summed loss and supervised tokens of each, over all ranks."""
+    held_out, accelerator = at.data.held_out, at.accelerator
+    assert held_out is not None
+    sums = torch.zeros(len(at.data.titles), 2, dtype=torch.float64, device=accelerator.device)
+    steps = load(held_out, 0, held_out.order.steps(0), workers=min(at.config.workers, 1))
+    for step in parallel.together(accelerator, steps):
         for row in step.rows:
             if at.stopping():
                 return None
             row = row.to(accelerator.device)
             with accelerator.autocast():
-                add_by_source(sums, model(row), row)
-    for module in modes:
-        module.training = True
-    parallel.reshard(model)
-    sums = parallel.summed(accelerator, sums)
-    losses = {title: total / count for title, (total, count) in zip(data.titles, sums.tolist(), strict=True) if count}
-    total, count = sums.sum(0).tolist()
-    record = {"stage": at.settings.name, "step": at.progress.done, "held_out": losses, "supervised": int(count)}
-    return record | {"loss": total / max(count, 1)}
+                add_by_source(sums, at.model(row), row)
+    return parallel.summed(accelerator, sums)
 
 
 def add_by_source(sums: Tensor, losses: Tensor, row: Row) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from mmit.config import Config, Stage, dump_config
 from mmit.data.loader import Step
 from mmit.training import parallel
-from mmit.training.data import StageData, row_tokens
-from mmit.training.runlog import RunLog
+from mmit.training.data import row_tokens
+from mmit.training.stage import RunningStage
 
 FAULT = "fault.json"
 CONFIG = "config.yaml"
@@ -68,21 +68,25 @@ def out_of_memory(config: Config, stage: Stage, step: Step) -> str:
     )
 
 
-def check_memory(
-    data: StageData, accelerator: Accelerator, log: RunLog, compute: Callable[[Step], Tensor | None]
-) -> None:
+def check_memory(at: RunningStage, compute: Callable[[Step], Tensor | None]) -> None:
     """Computes the longest of the first steps, without an update, and tells what memory it took."""
-    looked_at = min(data.total, LOOKED_AT)
-    costs = parallel.agreed(accelerator, *(_longest(data.training[number]) for number in range(looked_at)))
+    looked_at = min(at.data.total, LOOKED_AT)
+    own = []
+    for number in range(looked_at):
+        if at.stopping():
+            return
+        own.append(_longest(at.data.training[number]))
+    costs = parallel.agreed(at.accelerator, *own)
     number = max(range(looked_at), key=lambda n: costs[n])
-    step = data.training[number]
-    compute(step)
-    if accelerator.device.type == "cuda":
+    step = at.data.training[number]
+    if compute(step) is None:
+        return
+    if at.accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:  # in bytes on macOS, in KiB elsewhere
         unit = 1 if sys.platform == "darwin" else 2**10
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    log.say(
+    at.log.say(
         f"longest of the first {looked_at} steps: step {number + 1}, a row of {_longest(step)} tokens; "
         f"peak memory {peak:.2f} GiB"
     )

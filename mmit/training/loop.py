@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmit.config import Config, ConfigError
 from mmit.data.loader import Step, load
 from mmit.training import faults, parallel, state
+from mmit.training.checkpoint import Checkpoint
 from mmit.training.checks import Gradients, count_skipped, finite_norm
 from mmit.training.due import add_by_source, do_what_is_due, evaluation_is_due, save_and_stop, say_cost
 from mmit.training.optim import set_rates
@@ -45,8 +46,10 @@ def train(config: Config, *, asked: str, check_memory: bool = False) -> Path:
         held.enter_context(stop.listening())
         parallel.on_main(accelerator, lambda: (held.enter_context(run.locked()), run.begin(asked)))
         try:
-            for number in range(_stage_to_go_on_with(config, run), len(config.stages)):
-                _train_stage(config, number, run, accelerator, stop, check_memory=check_memory)
+            first, resumed = parallel.from_main(accelerator, lambda: state.where_to_go_on(config, run))
+            for number in range(first, len(config.stages)):
+                at_first = resumed if number == first else None
+                _train_stage(config, number, at_first, run, accelerator, stop, check_memory=check_memory)
         except Interrupted as interrupted:
             if accelerator.is_main_process and under_torchrun():
                 run.preempted.write_text(f"{interrupted}\n", encoding="utf-8")
@@ -55,37 +58,36 @@ def train(config: Config, *, asked: str, check_memory: bool = False) -> Path:
     return run.final
 
 
-def _stage_to_go_on_with(config: Config, run: RunDirectory) -> int:
-    """The first stage that is not finished; whatever became of its files, one that a later stage went on from is."""
-    for number in reversed(range(len(config.stages))):
-        found = run.newest(config.stages[number].name)
-        if found is not None:
-            return number + found.finished
-    return 0
-
-
 def _train_stage(
-    config: Config, number: int, run: RunDirectory, accelerator: Accelerator, stop: StopFlag, *, check_memory: bool
+    config: Config,
+    number: int,
+    resumed: Checkpoint | None,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    stop: StopFlag,
+    *,
+    check_memory: bool,
 ) -> None:
     with stop.at_once(accelerator.num_processes == 1), ExitStack() as held:
-        at = prepare(config, number, run, accelerator, stop, held)
+        at = prepare(config, number, resumed, run, accelerator, stop, held)
         held = held.pop_all()
     with held:
+        if check_memory:
+            faults.check_memory(at, lambda step: _gradients(at, step, at.stopping))
+            at.optimizer.zero_grad(set_to_none=True)
         if at.stopping():
             raise Interrupted(NOTHING_LOST)
-        if check_memory:
-            faults.check_memory(at.data, at.accelerator, at.log, lambda step: _gradients(at, step, lambda: False))
-            at.optimizer.zero_grad(set_to_none=True)
-        reached = Gradients(at.assembly)
+        reached = Gradients(at.assembly, accelerator)
         began = time.monotonic()
         if at.progress.evaluation_due:
             do_what_is_due(at)
         clock = time.monotonic()
-        for step in load(at.data.training, at.progress.done, at.data.total, workers=config.workers):
-            holes = count_skipped(at, step)
+        steps = load(at.data.training, at.progress.done, at.data.total, workers=config.workers)
+        for step in parallel.together(accelerator, steps):
             losses = _gradients(at, step, at.stopping)
             if losses is None:
                 save_and_stop(at)
+            holes = count_skipped(at, step)  # not before: a step that is left off is counted when it is computed
             norm = _update(at, step, losses)
             if norm is not None:
                 reached.check(step)
@@ -125,9 +127,11 @@ def _update(at: RunningStage, step: Step, losses: Tensor) -> float | None:
             return None
         folder = at.run.folder / f"fault-step-{step.number + 1}"
         texts = faults.texts(at.config, at.number, step, at.accelerator, str(error))
-        state.write(
-            folder, at.config, at.number, at.assembly, at.optimizer, at.data, at.progress, at.accelerator, texts=texts
-        )
+        stands = (at.config, at.number, at.assembly, at.optimizer, at.data, at.progress, at.accelerator)
+        try:
+            state.write(folder, *stands, texts=texts)
+        except OSError as full:
+            raise FloatingPointError(f"{error}\nThe state before it could not be kept ({full})") from None
         raise FloatingPointError(f"{error}\nThe state before it is kept: mmit replay {folder}") from None
     at.progress.nonfinite_in_a_row = 0
     at.optimizer.step()
@@ -178,7 +182,8 @@ def _forward_backward(
                 losses = model(row)
             if losses.requires_grad:  # not in a row without pictures where the projector alone is trained
                 # Ranks average their gradients; the loss is a sum over the step's tokens on all of them.
-                accelerator.backward(losses.sum() * (accelerator.num_processes / max(supervised, 1)))
+                # Not accelerate's backward: it divides once more where ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set.
+                (losses.sum() * (accelerator.num_processes / max(supervised, 1))).backward()
         add_by_source(sums, losses, row)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:

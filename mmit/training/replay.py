@@ -19,7 +19,6 @@ from mmit.training import checkpoint, parallel, state
 from mmit.training.data import open_stage
 from mmit.training.faults import FAULT
 from mmit.training.loop import dropout_seed
-from mmit.training.run import RunDirectory
 from mmit.training.stage import dtypes
 
 
@@ -34,7 +33,7 @@ def replay(config: Config, folder: Path) -> Iterator[str]:
     config = config.model_copy(update={"parallel": "ddp", "offload": False})
     number, stage, accelerator = fault["stage"], config.stages[fault["stage"]], parallel.start(config)
     cache = cache_folder(config.cache)
-    assembly = state.start(config, number, RunDirectory(folder), found, cache)
+    assembly = state.start(config, number, found, cache)
     trained, frozen = dtypes(config, accelerator.device)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
     set_modes(assembly, stage.train, gradient_checkpointing=False)
@@ -55,7 +54,7 @@ def replay(config: Config, folder: Path) -> Iterator[str]:
                 clean = False
                 yield f"rank {rank}, row {micro_step + 1}: {line}"
             if losses.requires_grad:
-                accelerator.backward(losses.sum())
+                losses.sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             clean = False

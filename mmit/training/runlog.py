@@ -21,6 +21,7 @@ from torch import Tensor
 from mmit.config import Stage
 from mmit.data.loader import Hole, Step
 from mmit.training.data import StageData
+from mmit.training.run import write
 from mmit.training.trackers import Trackers
 
 
@@ -41,6 +42,8 @@ class RunLog:
         self._waiting: dict[str, bytes] = {}
         self._told_full = False
         self._trackers = Trackers(trackers if active else (), run, self.say)
+        if active:
+            _forget_after(run / "skipped.jsonl", stage, start)
 
     def __enter__(self) -> Self:
         if self.active and self.console.is_terminal:
@@ -62,9 +65,8 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         self._trackers.finish()
-        if error is None:
-            for file in (name for name, lines in self._waiting.items() if lines):
-                self._write(file)
+        for file in (name for name, lines in self._waiting.items() if lines):
+            self._try_to_write(file)
 
     def step(self, record: Mapping[str, Any], holes: Sequence[Hole]) -> None:
         """One finished step: a line of metrics.jsonl, its holes, and how it looks to whoever watches."""
@@ -73,8 +75,9 @@ class RunLog:
         self.append("metrics.jsonl", record)
         self._trackers.log(record, record["step"])
         self.holes(record["step"], holes)
+        loss = _shown(record["loss"]) + (", no update" if record["grad_norm"] is None else "")
         facts = (
-            f"loss {_shown(record['loss'])}  {record['samples'] / record['seconds']:.1f} samples/s  "
+            f"loss {loss}  {record['samples'] / record['seconds']:.1f} samples/s  "
             f"{record['tokens'] / record['seconds']:.0f} tokens/s"
         )
         number, now = int(record["step"]), time.monotonic()
@@ -94,7 +97,7 @@ class RunLog:
         if self.active:
             self.append("metrics.jsonl", record)
             self._trackers.log(record, record["step"])
-            losses = "  ".join(f"{name} {loss:.4f}" for name, loss in record["held_out"].items())
+            losses = "  ".join(f"{name} {_shown(loss)}" for name, loss in record["held_out"].items())
             self.say(f"{self.stage} step {record['step']}: held-out loss {losses}")
 
     def say(self, text: str | Table) -> None:
@@ -107,6 +110,9 @@ class RunLog:
         On a full disk it waits in memory and is written with the next one.
         """
         self._waiting[file] = self._waiting.get(file, b"") + json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._try_to_write(file)
+
+    def _try_to_write(self, file: str) -> None:
         try:
             self._write(file)
         except OSError as error:
@@ -129,8 +135,16 @@ class RunLog:
         self._waiting[file] = b""
 
 
+def _forget_after(file: Path, stage: str, step: int) -> None:
+    """Takes out the lines of a stage's steps that will be computed, and told of, again."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if (told := json.loads(line))["stage"] != stage or told["step"] <= step]
+    if len(kept) < len(lines):
+        write(file, b"".join(kept))
+
+
 def _shown(loss: float | None) -> str:
-    return f"{loss:.4f}" if loss is not None else "not finite, no update"
+    return f"{loss:.4f}" if loss is not None else "not finite"
 
 
 def record_of(
@@ -145,8 +159,8 @@ def record_of(
     return {
         "stage": stage.name,
         "step": step.number + 1,
-        "loss": _or_none(sum(loss for loss, _ in totals) / max(count, 1)),
-        "losses": {title: _or_none(loss) for title, loss in losses.items()},
+        "loss": or_none(sum(loss for loss, _ in totals) / max(count, 1)),
+        "losses": {title: or_none(loss) for title, loss in losses.items()},
         "samples": step.samples - len(elsewhere),
         "tokens": step.tokens - sum(hole.tokens for hole in elsewhere),
         "supervised": int(count),
@@ -158,6 +172,6 @@ def record_of(
     }
 
 
-def _or_none(loss: float) -> float | None:
+def or_none(loss: float) -> float | None:
     """JSON knows no NaN."""
     return loss if math.isfinite(loss) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from mmit.data.cache import cache_folder
 from mmit.model.build import Assembly, set_modes, set_trained
 from mmit.model.probes import chunk_for, probe_head, probe_isolation
 from mmit.training import parallel, state
+from mmit.training.checkpoint import Checkpoint
 from mmit.training.data import StageData, open_stage, too_long
 from mmit.training.optim import build_optimizer
 from mmit.training.run import RunDirectory, StopFlag
@@ -38,6 +39,8 @@ class RunningStage:
     optimizer: torch.optim.Optimizer
     progress: Progress
     log: RunLog
+    saved: Progress | None
+    """As it is in the newest checkpoint."""
     saving: float = 0.0
     """Seconds."""
 
@@ -51,24 +54,34 @@ class RunningStage:
 
 
 def prepare(
-    config: Config, number: int, run: RunDirectory, accelerator: Accelerator, stop: StopFlag, held: ExitStack
+    config: Config,
+    number: int,
+    resumed: Checkpoint | None,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    stop: StopFlag,
+    held: ExitStack,
 ) -> RunningStage:
-    """The stage ready for its next step: model, data and optimizer as its newest checkpoint left them, and its log."""
+    """The stage ready for its next step: model, data and optimizer as `resumed` or the stage before left them, and its
+    log."""
     stage, device = config.stages[number], accelerator.device
     cache = cache_folder(config.cache)
-    resumed = run.newest(stage.name)
-    assembly = state.start(config, number, run, resumed, cache)
-    data = open_stage(
-        config,
-        stage,
-        assembly,
-        cache=cache,
-        on_cuda=device.type == "cuda",
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
+    origin = resumed or parallel.from_main(accelerator, lambda: state.finished_before(config, number, run))
+    assembly = parallel.on_all(accelerator, lambda: state.start(config, number, origin, cache))
+    data = parallel.on_all(
+        accelerator,
+        lambda: open_stage(
+            config,
+            stage,
+            assembly,
+            cache=cache,
+            on_cuda=device.type == "cuda",
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+        ),
     )
     if resumed is None and number == 0:
-        initialise_projector(config, assembly, data.training)
+        parallel.on_all(accelerator, lambda: initialise_projector(config, assembly, data.training))
     trained, frozen = dtypes(config, device)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
     set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
@@ -95,7 +108,8 @@ def prepare(
         log.say(line)
     if progress.done:
         log.say(f"{stage.name}: going on after step {progress.done}")
-    return RunningStage(config, number, run, accelerator, stop, assembly, data, model, optimizer, progress, log)
+    saved = replace(progress) if resumed is not None else None
+    return RunningStage(config, number, run, accelerator, stop, assembly, data, model, optimizer, progress, log, saved)
 
 
 def dtypes(config: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

@@ -118,6 +118,36 @@ def test_a_hundred_bad_samples_in_a_row_stop_the_run_whatever_the_share(
     assert re.search(r"(\d+) of \1 samples could not be read, 10[0-4] in a row", said(wanted))
 
 
+def test_the_ledger_and_its_counts_are_exact_after_signals_and_a_kill(
+    tmp_path: Path, undecodable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wanted(name: str) -> Config:
+        settings = {"on_bad_sample": "skip", "max_skipped": 0.2, "epochs": 2}
+        return config(tmp_path / name, stage("s", undecodable, BOTH, **settings), save={"every": 4})
+
+    straight, again = run(wanted("straight")), wanted("again")
+    process = start(again)
+    wait_for_steps(again, process, 7)
+    os.kill(process, signal.SIGKILL)
+    ended(process)
+    gradients = loop._gradients
+
+    def stopped(at: RunningStage, *arguments: Any) -> Any:
+        if at.progress.done == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(at, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_gradients", stopped)
+        for _ in range(2):
+            assert ended(start(again)) == 75, said(again)
+    run(again)
+    assert skipped(tmp_path / "again") == skipped(straight)
+    assert len(skipped(straight)) == 6
+    last = "checkpoints/s-step-10/state.json"
+    assert (tmp_path / "again" / last).read_bytes() == (straight / last).read_bytes()
+
+
 # Signals ----------------------------------------------------------------------------------------
 
 
@@ -429,6 +459,29 @@ def test_a_process_killed_at_any_write_of_a_checkpoint_leaves_one_that_loads(tmp
         assert not list(folder.glob("*.tmp"))
 
 
+def test_a_step_saved_again_is_never_lost_to_a_kill(tmp_path: Path) -> None:
+    """The only checkpoint, written once more: killed before each call that changes the disk, in turn."""
+    number, codes = 0, [-signal.SIGKILL]
+    while codes[-1]:
+        folder = tmp_path / f"{number}/checkpoints"
+        folder.mkdir(parents=True)
+        saved(folder, 3)
+        process = os.fork()
+        if not process:
+            with pytest.MonkeyPatch.context() as patched:
+                failing_at(patched, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                saved(folder, 3)
+            os._exit(0)
+        codes.append(ended(process))
+        found = checkpoint.newest(folder, "sft")
+        assert found is not None, number
+        found.tensors()
+        saved(folder, 4)
+        assert not list(folder.glob("*.before"))
+        number += 1
+    assert number >= 20
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -472,6 +525,45 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
     assert "s step 6: not saved" not in said(full)
     assert said(full).count("No space left") >= 3
     assert_same_run(straight, small_disk / "run")
+
+
+def test_a_disk_that_is_full_at_the_start_or_at_the_end_is_told_of(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "some/file")
+
+    wanted = config(tmp_path / "run", stage("s", texts, LANGUAGE, steps=2), vision=None)
+    for module, name in (("mmit.training.run", "write"), ("mmit.training.state", "_hand_over")):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{module}.{name}", full)
+            assert ended(start(wanted)) == 2
+        assert f"{tmp_path / 'run'}" in said(wanted).splitlines()[-1]
+        assert "No space left" in said(wanted).splitlines()[-1]
+    assert "Traceback" not in said(wanted)
+    run(wanted)
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_an_output_that_is_a_file_is_told_of(tmp_path: Path, texts: Path) -> None:
+    (tmp_path / "run").write_text("taken")
+    wanted = config(tmp_path / "run", stage("s", texts, LANGUAGE, steps=2), vision=None)
+    assert ended(start(wanted)) == 2
+    assert f"output: {tmp_path / 'run'} cannot be written" in said(wanted)
+
+
+def test_a_fault_that_cannot_be_kept_is_told_all_the_same(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    poisoned(monkeypatch, {"t0007"})
+    monkeypatch.setattr(state, "write", full)
+    wanted = config(tmp_path / "run", stage("s", texts, LANGUAGE), vision=None)
+    assert ended(start(wanted)) == 3
+    assert "loss or gradient is not finite" in said(wanted)
+    assert "could not be kept ([Errno 28] No space left on device)" in said(wanted)
 
 
 def test_a_run_stops_with_code_2_only_if_its_last_checkpoint_cannot_be_written(
@@ -532,3 +624,36 @@ def test_the_checkpoint_of_least_held_out_loss_is_kept_also_over_a_kill(tmp_path
     run(again)
     assert_same_run(straight, tmp_path / "again")
     assert (tmp_path / "again/best/model.safetensors").read_bytes() == kept.read_bytes()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_told_as_null_and_never_the_best(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = VLM.forward
+
+    def bad(vlm: VLM, row: Row, *, states: bool = False) -> torch.Tensor:
+        return forward(vlm, row, states=states) * (1 if states or vlm.language.training else math.nan)
+
+    monkeypatch.setattr(VLM, "forward", bad)
+    held_out = {"holdout": {"fraction": 0.3, "by": "sample"}, "every": 1, "keep_best": True}
+    folder = run(config(tmp_path / "run", stage("s", texts, LANGUAGE, steps=2), vision=None, eval=held_out))
+    assert "NaN" not in (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    assert [line["loss"] for line in metrics(folder, evaluations=True)] == [None, None]
+    assert not (folder / "best").exists()
+
+
+def test_evaluation_may_be_taken_out_after_one_was_interrupted(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"eval": {"data": [{"shards": str(texts)}], "every": 2}}
+    wanted = config(tmp_path / "run", stage("s", texts, LANGUAGE, steps=2), vision=None, **settings)
+    evaluate = due._evaluate
+
+    def stopped(at: RunningStage) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(due, "_evaluate", stopped)
+        assert ended(start(wanted)) == 75, said(wanted)
+    run(altered(wanted, tmp_path / "run", eval=None))
