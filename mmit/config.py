@@ -305,6 +305,12 @@ class Evaluation(Section):
     """Steps between evaluations; one more is made at the end of each stage."""
     samples: PositiveInt = 200
     """Most held-out samples of a source that an evaluation reads."""
+    generate: NonNegativeInt = 0
+    """Held-out questions that each evaluation also answers, greedily, into answers.jsonl."""
+    max_new_tokens: PositiveInt = 32
+    """Longest of these answers."""
+    metric: str = "exact_match"
+    """How an answer is scored against the sample's: exact_match, token_f1, or `package.module:Name`."""
     keep_best: bool = False
     """Keep the checkpoint of least held-out loss of each stage; that of the last one also becomes best/, a model as
     final/ is."""
@@ -333,6 +339,8 @@ class Config(Section):
     save: Save = Save()
     trackers: list[str] = []
     """Where the numbers of metrics.jsonl also go: tensorboard, wandb, trackio, mlflow, or `package.module:Name`."""
+    log_samples: bool = False
+    """Trackers also get the texts of `eval.generate`: questions, answers and what was expected."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Compute precision; auto: bf16 on a GPU that has it, else fp32. Trained parameters are fp32 in any case (fp64 for
     tests of exactness)."""

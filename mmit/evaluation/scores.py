@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from mmit.config import ConfigError, suggest
+
+Metric = Callable[[str, str], float]
+"""The score, 0 to 1, of an answer beside what was expected."""
 
 
 def exact_match(answer: str, expected: str) -> bool:
     """Strict: the same text but for whitespace at the edges."""
     return answer.strip() == expected.strip()
+
+
+def token_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of precision and recall of the words of an answer, for free text.
+
+    As SQuAD is scored (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1), but that case counts and no word is left
+    out.
+    """
+    said, wanted = answer.split(), expected.split()
+    if not said or not wanted:
+        return float(said == wanted)
+    return 2 * sum((Counter(said) & Counter(wanted)).values()) / (len(said) + len(wanted))
+
+
+METRICS: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1}
+
+
+def metric_of(name: str) -> Metric:
+    """One of METRICS, or `package.module:Name` called with an answer and what was expected."""
+    if name in METRICS:
+        return METRICS[name]
+    module, colon, inside = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"eval.metric: {name!r} is not known; {suggest(name, sorted(METRICS))}, or package.module:Name"
+        )
+    try:
+        return vars(importlib.import_module(module))[inside]
+    except (ImportError, KeyError) as error:
+        raise ConfigError(f"eval.metric: {name!r} cannot be imported ({error!r})") from None
 
 
 def vqa_accuracy(answer: str, expected: Sequence[str]) -> float:

@@ -97,7 +97,7 @@ def _row(ids: list[Tensor], *, learned: bool) -> Row:
 
 
 def _states(model: nn.Module, ids: list[Tensor], device: torch.device) -> Tensor:
-    return model(_row(ids, learned=False).to(device), states=True)[0]
+    return model(_row(ids, learned=False).to(device), want="states")[0]
 
 
 def _pause(vlm: VLM) -> list[torch.nn.Module]:

@@ -6,7 +6,7 @@ tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,16 @@ class VLM(nn.Module):
         self.chunk: int | None = None
         """Supervised tokens above which our own head makes the logits, so many at a time; None: never (`probes`)."""
 
-    def forward(self, row: Row, *, states: bool = False) -> Tensor:
+    def forward(self, row: Row, *, want: Literal["losses", "states", "scores"] = "losses") -> Tensor:
         """The loss of each supervised token, `(K,)`, not reduced: -log p(target | what precedes it in its sample).
 
-        With `states`, the hidden states `(1, T, H)` instead.
+        Or the hidden states `(1, T, H)`, or the vocabulary scores at `row.predicts`, `(K, V)`.
         """
         embeds = self.embed(row)
-        if states:
+        if want == "states":
             return self.hidden(row, embeds)
+        if want == "scores":
+            return self.language(**self._arguments(row, embeds), logits_to_keep=row.predicts).logits[0]
         if self.chunk is not None and len(row.predicts) > self.chunk:
             return self._chunked_losses(self.hidden(row, embeds)[0, row.predicts], row.targets)
         logits = self.language(**self._arguments(row, embeds), logits_to_keep=row.predicts).logits[0]

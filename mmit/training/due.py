@@ -12,7 +12,9 @@ from torch import Tensor
 from mmit.config import Config, ConfigError
 from mmit.data.loader import load
 from mmit.data.packing import Row
+from mmit.evaluation.scores import metric_of
 from mmit.training import parallel, state
+from mmit.training.answers import answers, held_out_questions, scored
 from mmit.training.data import StageData
 from mmit.training.run import Interrupted
 from mmit.training.runlog import or_none
@@ -88,28 +90,22 @@ def say_cost(at: RunningStage, seconds: float) -> None:
     at.log.say(f"{at.settings.name}: {seconds:.1f} s, of which checkpoints took {at.saving:.1f} s ({share:.1%})")
 
 
-@torch.no_grad()
 def _evaluate(at: RunningStage) -> dict[str, Any] | None:
-    """Held-out loss of each source, per supervised token; None once a rank was asked to stop."""
+    """Held-out loss of each source, per supervised token, and answers; None once a rank was asked to stop."""
     modes = [module for module in at.model.modules() if module.training]
     at.model.eval()
     try:
-        sums = _held_out_sums(at)
+        with torch.no_grad():
+            record = _held_out_loss(at)
+            going_on = record is not None and _answer(at, record)
     finally:
         for module in modes:
             module.training = True
         parallel.reshard(at.model)
-    if sums is None:
-        return None
-    found = zip(at.data.titles, sums.tolist(), strict=True)
-    losses = {title: or_none(total / count) for title, (total, count) in found if count}
-    total, count = sums.sum(0).tolist()
-    record = {"stage": at.settings.name, "step": at.progress.done, "held_out": losses, "supervised": int(count)}
-    return record | {"loss": or_none(total / max(count, 1))}
+    return record if going_on else None
 
 
-def _held_out_sums(at: RunningStage) -> Tensor | None:
-    """(sources, 2): summed loss and supervised tokens of each, over all ranks."""
+def _held_out_loss(at: RunningStage) -> dict[str, Any] | None:
     held_out, accelerator = at.data.held_out, at.accelerator
     assert held_out is not None
     sums = torch.zeros(len(at.data.titles), 2, dtype=torch.float64, device=accelerator.device)
@@ -121,7 +117,38 @@ def _held_out_sums(at: RunningStage) -> Tensor | None:
             row = row.to(accelerator.device)
             with accelerator.autocast():
                 add_by_source(sums, at.model(row), row)
-    return parallel.summed(accelerator, sums)
+    sums = parallel.summed(accelerator, sums)
+    found = zip(at.data.titles, sums.tolist(), strict=True)
+    losses = {title: or_none(total / count) for title, (total, count) in found if count}
+    total, count = sums.sum(0).tolist()
+    record = {"stage": at.settings.name, "step": at.progress.done, "held_out": losses, "supervised": int(count)}
+    return record | {"loss": or_none(total / max(count, 1))}
+
+
+def _answer(at: RunningStage, record: dict[str, Any]) -> bool:
+    """Asks the held-out questions of `eval.generate`, adds their scores; False once a rank was asked to stop."""
+    settings, held_out = at.config.eval, at.data.held_out
+    assert settings is not None
+    assert held_out is not None
+    if not settings.generate:
+        return True
+    if at.asked is None:
+        at.asked = parallel.on_all(at.accelerator, lambda: held_out_questions(held_out, settings.generate))
+    said = answers(
+        at.model,
+        at.asked,
+        held_out.encoders[0].rendering.chat,
+        at.accelerator,
+        row_tokens=held_out.row_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        stopping=at.stopping,
+    )
+    if said is None:
+        return False
+    scores, lines = scored(at.asked, said, at.data.titles, metric_of(settings.metric))
+    record |= {"scores": scores, "metric": settings.metric, "answered": len(lines)}
+    at.log.answers(at.progress.done, lines)
+    return True
 
 
 def add_by_source(sums: Tensor, losses: Tensor, row: Row) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -168,6 +168,13 @@ def agreed(accelerator: Accelerator, *values: int) -> list[int]:
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """Over all ranks."""
     return cast(Tensor, accelerator.reduce(tensor))
+
+
+def as_on_main(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
+    """The `values` of rank 0, as many as here: what ranks decide by must not differ in a bit."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return cast(Tensor, broadcast(torch.tensor(values, device=accelerator.device))).tolist()
 
 
 def gathered(accelerator: Accelerator, values: Sequence[Any]) -> list[Sequence[Any]]:

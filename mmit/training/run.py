@@ -143,7 +143,7 @@ class RunDirectory:
             write(file, asked.encode())
             write(self.folder / "environment.json", json.dumps(environment | {"packages": packages}, indent=1).encode())
             self.preempted.unlink(missing_ok=True)
-            for name in ("metrics.jsonl", "skipped.jsonl"):
+            for name in ("metrics.jsonl", "skipped.jsonl", "answers.jsonl"):
                 _drop_torn_line(self.folder / name)
 
     def checkpoint(self, stage: str, step: int) -> Path:

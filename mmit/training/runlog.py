@@ -29,7 +29,15 @@ class RunLog:
     """The log of one stage; only rank 0 writes."""
 
     def __init__(
-        self, run: Path, stage: str, *, total: int, start: int, active: bool, trackers: Sequence[str] = ()
+        self,
+        run: Path,
+        stage: str,
+        *,
+        total: int,
+        start: int,
+        active: bool,
+        trackers: Sequence[str] = (),
+        log_samples: bool = False,
     ) -> None:
         self.run, self.stage, self.total, self.active = run, stage, total, active
         # No markup: a source may be called notes[1], which rich would take for a style, or [/notes], which it refuses.
@@ -41,9 +49,11 @@ class RunLog:
         self._last_line = 0.0
         self._waiting: dict[str, bytes] = {}
         self._told_full = False
+        self._log_samples = log_samples
         self._trackers = Trackers(trackers if active else (), run, self.say)
         if active:
-            _forget_after(run / "skipped.jsonl", stage, start)
+            for file in ("skipped.jsonl", "answers.jsonl"):
+                _forget_after(run / file, stage, start)
 
     def __enter__(self) -> Self:
         if self.active and self.console.is_terminal:
@@ -99,6 +109,21 @@ class RunLog:
             self._trackers.log(record, record["step"])
             losses = "  ".join(f"{name} {_shown(loss)}" for name, loss in record["held_out"].items())
             self.say(f"{self.stage} step {record['step']}: held-out loss {losses}")
+            if "scores" in record:
+                scores = "  ".join(f"{name} {score:.1%}" for name, score in record["scores"].items())
+                self.say(
+                    f"{self.stage} step {record['step']}: {record['answered']} answers, {record['metric']} {scores}"
+                )
+
+    def answers(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """What was answered to held-out questions, into answers.jsonl; to trackers only where the run says so."""
+        if not self.active:
+            return
+        for line in lines:
+            self.append("answers.jsonl", {"stage": self.stage, "step": step, **line})
+        if self._log_samples:
+            told = (f"{line['question']} -> {line['answer']} (expected: {line['expected']})" for line in lines)
+            self._trackers.log_text(f"{self.stage}/answers", "\n\n".join(told), step)
 
     def say(self, text: str | Table) -> None:
         if self.active:

@@ -11,9 +11,11 @@ from torch import nn
 
 from mmit.config import Config, Stage
 from mmit.data.cache import cache_folder
+from mmit.evaluation.scores import metric_of
 from mmit.model.build import Assembly, set_modes, set_trained
 from mmit.model.probes import chunk_for, probe_head, probe_isolation
 from mmit.training import parallel, state
+from mmit.training.answers import Question
 from mmit.training.checkpoint import Checkpoint
 from mmit.training.data import StageData, open_stage, too_long
 from mmit.training.optim import build_optimizer
@@ -43,6 +45,8 @@ class RunningStage:
     """As it is in the newest checkpoint."""
     saving: float = 0.0
     """Seconds."""
+    asked: list[Question] | None = None
+    """What evaluations ask, once the first one has."""
 
     @property
     def settings(self) -> Stage:
@@ -66,6 +70,8 @@ def prepare(
     log."""
     stage, device = config.stages[number], accelerator.device
     cache = cache_folder(config.cache)
+    if config.eval is not None:
+        metric_of(config.eval.metric)  # named wrongly, it is better known before the first evaluation
     origin = resumed or parallel.from_main(accelerator, lambda: state.finished_before(config, number, run))
     assembly = parallel.on_all(accelerator, lambda: state.start(config, number, origin, cache))
     data = parallel.on_all(
@@ -101,6 +107,7 @@ def prepare(
         start=progress.done,
         active=accelerator.is_main_process,
         trackers=config.trackers,
+        log_samples=config.log_samples,
     )
     held.enter_context(log)
     log.say(table)

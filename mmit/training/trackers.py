@@ -1,4 +1,5 @@
-"""Trackers that get the numbers of metrics.jsonl, and nothing else: no text, no picture, no setting, no path."""
+"""Trackers that get the numbers of metrics.jsonl, and nothing else: no picture, no setting, no path, and no text unless
+`log_samples` says so."""
 
 from __future__ import annotations
 
@@ -44,6 +45,10 @@ class Trackers:
         values = dict(_numbers(record, str(record["stage"])))
         for name, tracker in list(self._open.items()):
             self._try(name, lambda tracker=tracker: tracker.log(values, step=step))
+
+    def log_text(self, title: str, text: str, step: int) -> None:
+        for name, tracker in list(self._open.items()):
+            self._try(name, lambda tracker=tracker: tracker.log({title: text}, step=step))
 
     def finish(self) -> None:
         for name, tracker in list(self._open.items()):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -304,10 +304,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, keys: set[str]) -> None:
     """Makes the loss of rows with one of those samples NaN."""
     forward = VLM.forward
 
-    def bad(vlm: VLM, row: Row, *, states: bool = False) -> torch.Tensor:
-        found = forward(vlm, row, states=states)
+    def bad(vlm: VLM, row: Row, *, want: Literal["losses", "states", "scores"] = "losses") -> torch.Tensor:
+        found = forward(vlm, row, want=want)
         names = {where.rpartition(":")[2] for where in row.samples}
-        return found * math.nan if names & keys and not states else found
+        return found * math.nan if names & keys and want == "losses" else found
 
     monkeypatch.setattr(VLM, "forward", bad)
 
