@@ -15,9 +15,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] it is documented there
+    ProcessGroup,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,13 +46,34 @@ def start(config: Config) -> Accelerator:
         raise ConfigError("device: cuda, but torch sees no GPU (its driver, or a build for CPUs); write auto or cpu")
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda and torch.cuda.is_bf16_supported())
+    _meet(on_cuda)
     # accelerate keeps the precision of the process's first run for good, and refuses another.
     AcceleratorState._reset_state(reset_partial_state=True)
-    # Offloaded gradients lie on the CPU, where nccl cannot sum them.
-    mixed = on_cuda and config.offload and "LOCAL_RANK" in os.environ
-    backend: dict[str, Any] = {"backend": "cuda:nccl,cpu:gloo"} if mixed else {}
-    group = InitProcessGroupKwargs(timeout=TIMEOUT, **backend)
+    group = InitProcessGroupKwargs(timeout=TIMEOUT)
     return Accelerator(cpu=not on_cuda, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[group])
+
+
+def _meet(on_cuda: bool) -> None:
+    """Joins the process group, under another name at each start.
+
+    torchrun keeps one store over its restarts (torch 2.14, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1), in which a
+    rank that is quicker than the others finds the addresses of ranks that have crashed, and fails to connect to them.
+    Needless once torch prefixes its keys by attempt.
+    """
+    here = os.environ
+    if torch.distributed.is_initialized() or "RANK" not in here or int(here.get("WORLD_SIZE", "1")) == 1:
+        return
+    if on_cuda:
+        torch.cuda.set_device(int(here.get("LOCAL_RANK", "0")))
+    store, rank, ranks = next(rendezvous("env://", timeout=TIMEOUT))
+    # Offloaded gradients lie on the CPU, where nccl cannot sum them.
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=PrefixStore(f"attempt {here.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
+        rank=rank,
+        world_size=ranks,
+        timeout=TIMEOUT,
+    )
 
 
 def spread(vlm: VLM, how: Spread, accelerator: Accelerator, *, offload: bool) -> nn.Module:
