@@ -488,7 +488,7 @@ def _merge(tree: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, word: str, override: str, path: str) -> Any:
-    key = _position(node, word, override) if isinstance(node, list) else word
+    key: Any = _position(node, word, override) if isinstance(node, list) else word
     child = node[key] if isinstance(node, list) else node.get(key)
     if child is None:
         child = node[key] = {}
