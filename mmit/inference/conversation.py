@@ -65,8 +65,8 @@ def conversation(
 ) -> Conversation:
     """What `asked` means; SampleError at `where` if it is no conversation that ends with a turn to answer.
 
-    Before a bare string, all `images` (or the one picture) are shown in order. `system` opens a conversation that has
-    no system message; paths of pictures are relative to `folder`.
+    Before a bare string, all `images` (or the one picture) are shown in order and then a line break, as in converted
+    data. `system` opens a conversation that has no system message; paths of pictures are relative to `folder`.
     """
     if isinstance(asked, Conversation):
         return asked
@@ -74,7 +74,8 @@ def conversation(
         images = [images]
     pictures = [picture_of(image, where, folder=folder) for image in images]
     if isinstance(asked, str):
-        messages = [message("user", *(ImagePart(number) for number in range(len(pictures))), asked)]
+        shown = [*map(ImagePart, range(len(pictures))), *(["\n"] if pictures else [])]
+        messages = [message("user", *shown, asked)]
     elif not isinstance(asked, Sequence) or not asked:
         raise SampleError(
             f"{where}: a conversation is a text or a list of messages with one at least, found {asked!r:.60}"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.turns import asked_about
 from mmit.data.images import decode
-from mmit.data.sample import SampleError
+from mmit.data.sample import SampleError, message
 from mmit.inference.conversation import conversation, picture_of
 
 
@@ -118,3 +119,11 @@ USER = {"role": "user", "content": "Hi"}
 def test_what_is_no_conversation_is_named_with_its_place(asked: Any, images: list[Any], named: str) -> None:
     with pytest.raises(SampleError, match=rf"^in\.jsonl:7.*{named}"):
         conversation(asked, images, where="in.jsonl:7")
+
+
+def test_a_bare_prompt_with_pictures_is_laid_out_as_converted_data_trains_it() -> None:
+    """`<image>` and a line break before the question: LLaVA's rows, and all that `mmit-data` makes of VQA sets."""
+    shown = [FILES["rgb"], FILES["grey"]]
+    trained = asked_about([picture_of(file, "row").picture for file in shown], [("Same?", "no")], where="row")
+    assert conversation("Same?", shown).messages == trained.messages[:1]
+    assert conversation("Hi").messages == (message("user", "Hi"),)

@@ -189,7 +189,7 @@ def test_our_own_messages_say_the_same_as_objects(model: Model) -> None:
     theirs = [{"role": "user", "content": [shown(5), said("\nWhat is it?")]}]
     assert model.answer(ours, [picture(5)], max_new_tokens=NEW) == model.answer(theirs, max_new_tokens=NEW)
     assert model.answer("What is it?", [picture(5), picture(6)], max_new_tokens=NEW) == model.answer(
-        [message("user", ImagePart(0), ImagePart(1), "What is it?")], [picture(5), picture(6)], max_new_tokens=NEW
+        [message("user", ImagePart(0), ImagePart(1), "\nWhat is it?")], [picture(5), picture(6)], max_new_tokens=NEW
     )
 
 
