@@ -106,28 +106,33 @@ def row_tokens(stage: Stage, on_cuda: bool) -> int:
     return stage.row_tokens
 
 
-def too_long(steps: Steps, titles: Sequence[str]) -> list[str]:
-    """Before step 0: what max_tokens will cut or drop, by source; exact for small sources, else from a sample.
+def too_long(data: StageData) -> list[str]:
+    """Before step 0: what max_tokens will cut or drop, by source; exact for small sources, else from a sample. Also of
+    what is held out, where a sample that cannot be rendered is named now and not at the first evaluation.
 
-    ConfigError if nothing of a source would be left: a run on it would end well and have learned nothing.
+    ConfigError if nothing of a source would be left to train on: a run would end well and have learned nothing.
     """
     lines = []
-    for title, encoder, origin in zip(titles, steps.encoders, steps.order.origins, strict=False):
-        size = len(origin.indices)
-        looked_at = origin.indices[permutation(size, "survey")[:SURVEYED]]
-        cut = dropped = 0
-        for index in looked_at:
-            outcome = steps.try_example(encoder, int(index))
-            dropped += isinstance(outcome, str)
-            cut += isinstance(outcome, tuple) and outcome[1]
-        if dropped == len(looked_at):
-            raise ConfigError(
-                f"max_tokens: {encoder.rendering.max_tokens} leaves nothing of source {title}: each of the {dropped} "
-                f"samples looked at is longer, in its first turn or whole; raise max_tokens"
-            )
-        if cut or dropped:
-            among = "all" if size <= SURVEYED else f"{len(looked_at)} sampled of"
-            lines.append(f"{title}: max_tokens cuts {cut} and drops {dropped} of {among} {size} samples")
+    for steps in [data.training, *([data.held_out] if data.held_out is not None else [])]:
+        for encoder, origin in zip(steps.encoders, steps.order.origins, strict=True):
+            size = len(origin.indices)
+            looked_at = origin.indices[permutation(size, "survey")[:SURVEYED]]
+            outcomes = [steps.try_example(encoder, int(index)) for index in looked_at]
+            cut = sum(isinstance(outcome, tuple) and outcome[1] for outcome in outcomes)
+            dropped = sum(isinstance(outcome, str) for outcome in outcomes)
+            bad = outcomes.count(None)
+            title = data.titles[encoder.source]
+            if dropped == len(looked_at) and steps is data.training:
+                raise ConfigError(
+                    f"max_tokens: {encoder.rendering.max_tokens} leaves nothing of source {title}: each of the "
+                    f"{dropped} samples looked at is longer, in its first turn or whole; raise max_tokens"
+                )
+            facts = [f"max_tokens cuts {cut} and drops {dropped}"] if cut or dropped else []
+            facts += [f"{bad} cannot be rendered"] if bad else []
+            if facts:
+                among = "all" if size <= SURVEYED else f"{len(looked_at)} sampled of"
+                what = "samples" if steps is data.training else "held-out samples"
+                lines.append(f"{title}: {', '.join(facts)} of {among} {size} {what}")
     return lines
 
 

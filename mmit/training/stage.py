@@ -111,7 +111,7 @@ def prepare(
     )
     held.enter_context(log)
     log.say(table)
-    for line in too_long(data.training, data.titles) if progress.done == 0 else ():
+    for line in too_long(data) if progress.done == 0 else ():
         log.say(line)
     if progress.done:
         log.say(f"{stage.name}: going on after step {progress.done}")

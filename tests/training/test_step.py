@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import math
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from safetensors.torch import load_file
 from mmit.api import train
 from mmit.config import Config, ConfigError
 from mmit.data.loader import Step
+from mmit.data.sample import Sample, SampleError, message
 from mmit.model import build
 from mmit.model.build import Assembly, assemble
 from mmit.training.checks import finite_norm
-from mmit.training.data import StageData
+from mmit.training.data import StageData, too_long
 from mmit.training.loop import _forward_backward
 from mmit.training.optim import build_optimizer, set_rates
 from mmit.training.runlog import record_of
@@ -37,6 +39,7 @@ from tests.training.tiny import (
     mixed,
     once_each,
     opened,
+    pictured,
     shards,
     silent,
     stage,
@@ -286,6 +289,43 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
     sums = _forward_backward(wanted, assembly.vlm, step, step.supervised, Accelerator(cpu=True), 1)
     with pytest.raises(FloatingPointError, match=step.rows[0].samples[0]):
         finite_norm(optimizer, sums, step, wanted.stages[0])
+
+
+def test_what_max_tokens_costs_is_told_before_the_first_step_also_of_the_held_out(tmp_path: Path) -> None:
+    def talk(number: int) -> Sample:
+        turns = [message(role, "x" * 40) for _ in range(number % 3 + 1) for role in ("user", "assistant")]
+        return Sample(f"t{number:03d}", "talk", tuple(turns))
+
+    folder = shards(tmp_path / "talk", [talk(number) for number in range(30)])
+    short = shards(tmp_path / "short", [written(number) for number in range(9)])
+    held_out = {"holdout": {"fraction": 0.4, "by": "sample"}, "data": [{"shards": str(folder), "name": "again"}]}
+
+    def told(max_tokens: int) -> list[str]:
+        only = stage("s", [folder, short], {"language": {"lr": 1e-3}}, max_tokens=max_tokens)
+        wanted = config(tmp_path / "run", only, vision=None, eval=held_out)
+        return too_long(opened(wanted, assembled(wanted)))
+
+    lines = told(130)  # one turn: 40 + 40 bytes, and the format around them
+    assert [line.partition(":")[0] for line in lines] == ["talk", "talk", "again"]
+    counts = [[int(word) for word in re.findall(r"\d+", line)] for line in lines]
+    assert [line.endswith("held-out samples") for line in lines] == [False, True, True]
+    (cut, dropped, size), (cut_out, dropped_out, size_out), again = counts
+    assert (cut + cut_out, dropped + dropped_out, size + size_out) == (20, 0, 30)
+    assert again == [20, 0, 30]
+    assert told(4000) == []
+    with pytest.raises(ConfigError, match=r"max_tokens: 60 leaves nothing of source talk"):
+        told(60)
+
+
+def test_a_held_out_sample_that_cannot_be_rendered_is_named_before_the_first_step(tmp_path: Path, texts: Path) -> None:
+    blind = shards(tmp_path / "blind", [pictured(3)])
+    only = stage("s", texts, {"language": {"lr": 1e-3}})
+    wanted = config(tmp_path / "run", only, vision=None, eval={"data": [{"shards": str(blind)}]})
+    with pytest.raises(SampleError, match=r"blind/shard-000000\.tar:.*model\.vision is null"):
+        too_long(opened(wanted, assembled(wanted)))
+    only |= {"on_bad_sample": "skip"}
+    wanted = config(tmp_path / "run", only, vision=None, eval={"data": [{"shards": str(blind)}]})
+    assert too_long(opened(wanted, assembled(wanted))) == ["blind: 1 cannot be rendered of all 1 held-out samples"]
 
 
 # Stages and runs ----------------------------------------------------------------------------
