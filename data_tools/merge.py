@@ -68,15 +68,14 @@ def merge(folders: Sequence[Path], out: Path) -> ShardSet:
 class _Opened:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names = [] if not (folder / INDEX).exists() else json.loads((folder / INDEX).read_text())["shards"]
-        if not (folder / INDEX).exists():
-            raise SampleError(f"{folder}: has no {INDEX}; it is no finished shard set, convert it first")
-        if read_index(folder).in_place:
+        index = read_index(folder)
+        self.entries = index.entries
+        if index.in_place:
             raise ConfigError(
                 f"{folder}: its tars are somebody else's, indexed where they lie; convert them first: "
                 f"mmit-data convert webdataset {folder} --out shards/"
             )
-        if self.names:
+        if self.entries:
             ShardSet(folder)  # checks sizes and versions
         self.summary = conversion(folder)
         part = self.summary["plan"]["part"] if self.summary is not None and "plan" in self.summary else None
@@ -86,8 +85,7 @@ class _Opened:
         """The shards with their rows, one in memory at a time."""
         with pq.ParquetFile(self.folder / SAMPLES) as table:
             rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            for item in self.names:
-                entry = ShardEntry(item["name"], item["bytes"], item["sha256"], item["samples"])
+            for entry in self.entries:
                 yield WrittenShard(entry, tuple(_row(next(rows)) for _ in range(entry.samples)))
 
     def rejected(self) -> Iterator[tuple[int, str]]:

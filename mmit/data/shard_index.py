@@ -20,6 +20,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmit.config import ConfigError
 from mmit.data.sample import SampleError
 
 FORMAT = 1
@@ -134,6 +135,8 @@ class Index:
 def read_index(folder: Path) -> Index:
     """The index of a folder, checked to be ours, of a known format and in itself consistent."""
     path = folder / INDEX
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name a folder of shards (relative ones start in {Path.cwd()})")
     if not path.is_file():
         hint = (
             "its writing was not finished: convert again"
