@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Convert data sets into shards, and look at them. `mmit-data formats` lists what can be read.",
 )
 
-USER_FAULT, DATA_FAULT, INTERRUPTED = 2, 3, 75
+USER_FAULT, DATA_FAULT = 2, 3
 
 
 @app.command()
@@ -219,24 +219,30 @@ def verify(
 
 @app.command()
 def stats(
-    shards: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    shards: Annotated[list[str], typer.Argument(help="FOLDER or FOLDER=REPEAT, as `repeat` in a config.")],
     html: Annotated[Path | None, typer.Option(help="Also write a page with pictures.")] = None,
     language: Annotated[
         str | None, typer.Option(help="Tokenizer to count tokens with: name, folder or `bytes`.")
     ] = None,
     chat: Annotated[str, typer.Option(help="Chat format, with --language.")] = "auto",
-    image_tokens: Annotated[int, typer.Option(help="Tokens per picture.")] = 576,
-    max_tokens: Annotated[int, typer.Option(help="Longest sample, and size of a packed row.")] = 2048,
-    most: Annotated[int, typer.Option(help="Read at most this many samples, drawn by a fixed seed.")] = 20000,
+    image_tokens: Annotated[int, typer.Option(min=1, help="Tokens per picture.")] = 576,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest sample, and size of a packed row.")] = 2048,
+    most: Annotated[int, typer.Option(min=1, help="Read at most this many samples, drawn by a fixed seed.")] = 20000,
 ) -> None:
-    """Count turns, pictures, sizes and tokens; with --html, as a page."""
-    from data_tools.stats import measure, report, summary
+    """Count turns, pictures, sizes and tokens, of each set and of an epoch over all; with --html, as a page."""
+    from data_tools.stats import epoch, measure, report, summary
 
-    found = measure(shards, language=language, chat=chat, image_tokens=image_tokens, most=most)
-    for name, value in summary(found, max_tokens=max_tokens):
-        print(f"{name:<24} {value}")
+    found = measure(shards, language=language, chat=chat, image_tokens=image_tokens, max_tokens=max_tokens, most=most)
+    for one in found:
+        if len(found) > 1:
+            print(one.folder)
+        for name, value in summary(one, max_tokens=max_tokens):
+            print(f"{name:<24} {value}")
+    if len(found) > 1:
+        for row in epoch(found):
+            print(f"{row[0]:<24}", *(f"{cell:>14}" for cell in row[1:]))
     if html is not None:
-        html.write_text(report(shards, found, max_tokens=max_tokens), encoding="utf-8")
+        html.write_text(report(found, max_tokens=max_tokens), encoding="utf-8")
         print(f"{html} written")
 
 
@@ -244,9 +250,9 @@ def stats(
 def grid(
     shards: Annotated[str, typer.Argument(help="Folder of shards, or its address (s3://, https://, ...).")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("grid.png"),
-    count: Annotated[int, typer.Option(help="How many samples.")] = 24,
-    columns: Annotated[int, typer.Option(help="How many side by side.")] = 6,
-    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    count: Annotated[int, typer.Option(min=1, max=500, help="How many samples.")] = 24,
+    columns: Annotated[int, typer.Option(min=1, max=50, help="How many side by side.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples are drawn.")] = 0,
 ) -> None:
     """Lay pictures with their questions and answers out on one page (PNG)."""
     from data_tools.grid import grid as lay_out

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from mmit.config import ConfigError
 from mmit.data.shards import ShardSet
@@ -27,22 +26,35 @@ def mix(sources: Sequence[str]) -> list[Share]:
     """One share for each `FOLDER` or `FOLDER=REPEAT`."""
     shares = []
     for source in sources:
-        folder, _, text = source.partition("=")
-        try:
-            repeat = float(text or 1)
-        except ValueError:
-            repeat = 0.0
-        if not 0 < repeat < float("inf"):
-            raise ConfigError(f"{source}: write FOLDER or FOLDER=REPEAT with a number above 0, such as {folder}=0.5")
-        samples = ShardSet(Path(folder))
-        pictures = sum(len(samples.image_sizes(number)) for number in range(len(samples)))
+        folder, repeat = weighted(source)
+        samples = ShardSet(folder)
+        pictures = len(samples.pictures()[0])
         characters = sum(samples.characters(number) for number in range(len(samples)))
-        taken = int(np.floor(len(samples) * repeat + 0.5))
+        taken = in_epoch(len(samples), repeat)
         scale = taken / len(samples) if len(samples) else 0
         shares.append(
-            Share(Path(folder).name, len(samples), repeat, taken, round(pictures * scale), round(characters * scale))
+            Share(folder.name, len(samples), repeat, taken, round(pictures * scale), round(characters * scale))
         )
     return shares
+
+
+def weighted(source: str | Path) -> tuple[Path, float]:
+    """The folder and the repeat of `FOLDER` or `FOLDER=REPEAT`; a folder may have a = in its name."""
+    folder, equals, text = str(source).rpartition("=")
+    if not equals or Path(source).is_dir():
+        return Path(source), 1.0
+    try:
+        repeat = float(text)
+    except ValueError:
+        repeat = 0.0
+    if not 0 < repeat < float("inf"):
+        raise ConfigError(f"{source}: write FOLDER or FOLDER=REPEAT with a number above 0, such as {folder}=0.5")
+    return Path(folder), repeat
+
+
+def in_epoch(samples: int, repeat: float) -> int:
+    """Samples of a source that its first epoch takes."""
+    return math.floor(samples * repeat + 0.5)
 
 
 def table(shares: Sequence[Share]) -> list[str]:

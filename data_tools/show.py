@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
+from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from data_tools.album import png_of
@@ -27,6 +30,8 @@ PICTURE = "white on dark_blue"
 CONTROL_PICTURES = {number: 0x2400 + number for number in range(32) if chr(number) not in "\n\t"} | {
     number: 0xFFFD for number in range(127, 160)
 }
+LARGEST = 1024
+"""Pixels of the longer side of a picture on a page, which holds them all."""
 LOOK_BACK = 6
 """Tokens before a token that decide how it reads (a leading space, a character of several tokens)."""
 
@@ -98,8 +103,8 @@ def page(
             image_tokens=image_tokens,
             console=console,
         )
-        shown = console.export_html(inline_styles=True, code_format="{code}", clear=True)
-        pictures = "".join(_inline(picture) for picture in samples.read(number).images)
+        shown = console.export_html(theme=MONOKAI, inline_styles=True, code_format="{code}", clear=True)
+        pictures = "".join(_inline(picture, samples.where(number)) for picture in samples.read(number).images)
         blocks.append(f"<section>{pictures}<pre>{shown}</pre></section>")
     out.write_text(PAGE.format(title=html.escape(samples.name), body="".join(blocks)), encoding="utf-8")
 
@@ -112,9 +117,11 @@ section{{border-top:1px solid #444;padding:1em 0}}</style></head><body>{body}</b
 """
 
 
-def _inline(picture: Picture) -> str:
-    """The picture as the decoder sees it, so that a page shows what is trained on."""
-    data = png_of(decode(picture.data or b"", "picture", window=picture.window), "picture")
+def _inline(picture: Picture, where: str) -> str:
+    """The picture as the decoder sees it, so that a page shows what is trained on; a large one made smaller."""
+    shown = Image.fromarray(decode(picture.data or b"", where, window=picture.window))
+    shown.thumbnail((LARGEST, LARGEST))
+    data = png_of(np.asarray(shown), where)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 

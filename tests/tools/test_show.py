@@ -13,6 +13,7 @@ from data_tools.convert import convert
 from data_tools.show import chat_of, page, read_tokens, show
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Sample, TextPart, message
+from tests.tools.conftest import picture_bytes
 from tests.tools.test_convert import rows_with
 
 
@@ -97,6 +98,16 @@ stages:
     assert "⟦0!\n⟧" in plain
     with pytest.raises(ConfigError, match="has the stages align, sft"):
         shown(shards, run=config, stage="sleep")
+
+
+def test_a_large_photo_is_made_smaller_for_the_page(photos: Path, tmp_path: Path) -> None:
+    # 9 megapixels of noise: over 20 MB as PNG
+    (photos / "large.jpg").write_bytes(picture_bytes(1, kind="JPEG", size=(3600, 2500)))
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
+    (tmp_path / "in.json").write_text(json.dumps([{"image": "large.jpg", "conversations": turns}]))
+    convert("llava", tmp_path / "in.json", photos, tmp_path / "set")
+    page(tmp_path / "set", tmp_path / "page.html")
+    assert 10_000 < (tmp_path / "page.html").stat().st_size < 5_000_000
 
 
 def test_a_wrong_index_is_told_the_range(shards: Path) -> None:
