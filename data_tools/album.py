@@ -185,8 +185,12 @@ def develop(
     decode_pixels: bool = True,
     keep_metadata: bool = False,
     window: tuple[float, float] | None = None,
+    look: Callable[[np.ndarray], str] | None = None,
 ) -> Picture:
-    """The picture read, cleaned of metadata, checked with the trainer's decoder, measured and hashed."""
+    """The picture read, cleaned of metadata, checked with the trainer's decoder, measured and hashed.
+
+    `look` makes its print of the decoded pixels (H, W, 3) uint8.
+    """
     if isinstance(picture, Unread):
         data, where = read(picture), _named(picture, where)
     elif picture.data is not None:
@@ -197,13 +201,16 @@ def develop(
     shown = header(data, where)  # the limits are checked here, before anything is decoded
     ending = shown.ending
     cleaned = data if keep_metadata else without_metadata(data, ending=ending, orientation=shown.orientation)
+    pixels = None
+    if cleaned is None or decode_pixels or look is not None:
+        pixels = decode(data if cleaned is None else cleaned, where, window=window)
     if cleaned is None:
-        data, ending, window = png_of(decode(data, where, window=window), where), "png", None
+        assert pixels is not None
+        data, ending, window = png_of(pixels, where), "png", None
     else:
         data = cleaned
-        if decode_pixels:
-            decode(data, where, window=window)
-    return Picture(shown.width, shown.height, hashlib.sha256(data).hexdigest(), ending, data, window)
+    seen = look(pixels) if look is not None and pixels is not None else None
+    return Picture(shown.width, shown.height, hashlib.sha256(data).hexdigest(), ending, data, window, seen)
 
 
 def _named(picture: Unread, where: str) -> str:

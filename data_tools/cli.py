@@ -38,6 +38,7 @@ def convert(
     decode: Annotated[bool, typer.Option(help="Decode every picture once, as the trainer will.")] = True,
     keep_metadata: Annotated[bool, typer.Option(help="Copy pictures byte for byte, EXIF and all.")] = False,
     window: Annotated[str | None, typer.Option(help="Values of 16-bit pictures shown black,white.")] = None,
+    prints: Annotated[bool, typer.Option("--prints", help="Keep a perceptual hash of every picture.")] = False,
     license: Annotated[str | None, typer.Option(help="Licence of the data, carried to the model card.")] = None,
     rows_per_shard: Annotated[int, typer.Option(help="Input rows that one shard covers.")] = 1000,
     processes: Annotated[int | None, typer.Option(help="Worker processes; default: all CPUs.")] = None,
@@ -65,6 +66,7 @@ def convert(
         decode=decode,
         keep_metadata=keep_metadata,
         window=_pair(window),
+        prints=prints,
         license=license,
         rows_per_shard=rows_per_shard,
     )

@@ -28,6 +28,7 @@ from typing import Any
 
 from data_tools.album import MissingPicture, develop, missing
 from data_tools.formats import FORMATS, options_for, samples_function, samples_of
+from data_tools.looks import need_imagehash, printed
 from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
 from data_tools.rows import Placed, Rejected
 from data_tools.turns import stripped
@@ -87,6 +88,8 @@ def convert(
     options = options_for(format, options or {})
     samples_function(format)
     _check(settings, processes, part)
+    if settings.prints:
+        need_imagehash("--prints")
     plan = plan_of(format, path, options, settings, part, root)
     if not (out / INDEX).exists():
         _refuse_other_files(out)
@@ -384,6 +387,7 @@ def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) 
                     decode_pixels=settings.decode,
                     keep_metadata=settings.keep_metadata,
                     window=settings.window,
+                    look=printed if settings.prints else None,
                 )
             )
         except MissingPicture:

@@ -41,6 +41,8 @@ class Settings:
     """Copy the bytes of the pictures as they are, EXIF and all."""
     window: tuple[float, float] | None = None
     """Values of 16-bit pictures shown as black and white."""
+    prints: bool = False
+    """Keep in each picture's record what it looks like, so that `dedup --alike` need not decode it again."""
     license: str | None = None
     """Licence of the input, carried to the model card."""
     rows_per_shard: int = 1000
@@ -56,6 +58,8 @@ def plan_of(
 ) -> dict[str, Any]:
     made = format in FORMATS and FORMATS[format].from_nothing
     choices = {key: value for key, value in asdict(settings).items() if key != "on_bad"}
+    if not settings.prints:  # what was converted before there was the choice stays known
+        del choices["prints"]
     return {
         "version": VERSION,
         "format": format,

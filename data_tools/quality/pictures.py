@@ -1,4 +1,4 @@
-"""Pictures that look alike: a perceptual hash and a few colours of each, compared without comparing all with all."""
+"""Pictures that look alike: the prints of a set, compared without comparing all with all."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from data_tools.looks import PRINT, need_imagehash, print_of, read_print
 from data_tools.quality.subset import Progress
 from mmit.config import ConfigError
 from mmit.data.images import decode
+from mmit.data.sample import Picture
 from mmit.data.shards import ShardSet
 
 BITS = 64
 MOST_BITS = 16
-COLOURS = 4
-"""Pictures are also compared as COLOURS x COLOURS pixels, since a perceptual hash sees no colour: to it a red square
-and a blue one are the same."""
 COLOUR_DIFFERENCE = 12.0
 """Mean difference out of 255 up to which they are alike; encoding again as JPEG of quality 30 gives about 1."""
-SIDE = 64
-PRINT = np.dtype([("hash", "<u8"), ("colours", "u1", (COLOURS * COLOURS * 3,))])
 
 
 @dataclass(frozen=True)
@@ -44,29 +40,13 @@ def check_bits(most: int) -> int:
         raise ConfigError(
             f"--alike {most}: at most so many of {BITS} bits may differ; write 0 to {MOST_BITS}, 4 is a good start"
         )
-    try:
-        import imagehash  # noqa: F401
-    except ImportError:
-        raise ConfigError("--alike needs imagehash; pip install 'mmit[quality]'") from None
+    need_imagehash("--alike")
     return most
 
 
-def print_of(pixels: np.ndarray) -> np.ndarray:
-    """PRINT (1,) of a picture (H, W, 3) uint8: its 64-bit DCT hash (Zauner 2010) and its colours."""
-    import imagehash
-
-    image = Image.fromarray(pixels)
-    # The hash is of 32 x 32 pixels: shrunk by whole pixels first, a photo takes a fifth of the time.
-    image = image.reduce(max(1, min(image.size) // SIDE))
-    bits = imagehash.phash(image, hash_size=8).hash.ravel()
-    value = np.zeros(1, dtype=PRINT)
-    value["hash"] = np.packbits(bits).view(">u8").astype(np.uint64)
-    value["colours"] = np.asarray(image.resize((COLOURS, COLOURS), Image.Resampling.BOX)).ravel()
-    return value
-
-
 def prints_of(shards: ShardSet, work: Path, progress: Progress) -> Prints:
-    """The prints of all pictures, each distinct one decoded once; those of a finished shard are kept in `work`."""
+    """The prints of all pictures: those that conversion kept, else each distinct one decoded once; those of a finished
+    shard are kept in `work`."""
     owners, hashes = shards.pictures()
     _, first, shown = np.unique(hashes, return_index=True, return_inverse=True)
     values = np.zeros(len(first), dtype=PRINT)
@@ -80,13 +60,14 @@ def prints_of(shards: ShardSet, work: Path, progress: Progress) -> Prints:
             values[shown[new]] = np.fromfile(path, dtype=PRINT)
         else:
             for owner in np.unique(owners[new]):
-                pictures = shards.read(int(owner)).images
-                for picture in new[owners[new] == owner]:
+                mine = new[owners[new] == owner]
+                kept = shards.read(int(owner), images=False).images
+                whole = all(kept[picture - begins[owner]].print for picture in mine.tolist())
+                pictures = kept if whole else shards.read(int(owner)).images
+                for picture in mine:
                     number = int(picture - begins[owner])
                     where = f"{shards.where(int(owner))}: picture {number}"
-                    data = pictures[number].data
-                    assert data is not None
-                    values[shown[picture]] = print_of(decode(data, where, window=pictures[number].window))[0]
+                    values[shown[picture]] = _print(pictures[number], where)[0]
                 if owner % 50 == 0:
                     progress("look at pictures", int(owner), len(shards))
             temporary = path.with_suffix(".tmp")
@@ -95,6 +76,13 @@ def prints_of(shards: ShardSet, work: Path, progress: Progress) -> Prints:
         sample = stop
         progress("look at pictures", stop, len(shards))
     return Prints(shown, owners, values)
+
+
+def _print(picture: Picture, where: str) -> np.ndarray:
+    if picture.print is not None:
+        return read_print(picture.print, where)
+    assert picture.data is not None
+    return print_of(decode(picture.data, where, window=picture.window))
 
 
 def alike(queries: np.ndarray, prints: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -77,6 +77,8 @@ class Picture:
     data: bytes | None = field(default=None, repr=False)
     window: tuple[float, float] | None = None
     """Values of a 16-bit picture shown as black and white; None: the whole range of the type."""
+    print: str | None = None
+    """What it looks like, if that was asked for: 64 bits of a perceptual hash and 4 x 4 pixels, as hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def to_json(sample: Sample) -> str:
                 "sha256": picture.sha256,
             }
             | ({"window": list(picture.window)} if picture.window else {})
+            | ({"print": picture.print} if picture.print else {})
             for number, picture in enumerate(sample.images)
         ],
         "meta": dict(sample.meta),
@@ -207,6 +210,7 @@ def from_json(text: str | bytes, where: str, *, data: Sequence[bytes] | None = N
                 ending=image["name"].rsplit(".", 1)[1],
                 data=data[number] if data is not None else None,
                 window=tuple(image["window"]) if "window" in image else None,
+                print=image.get("print"),
             )
             for number, image in enumerate(record["images"])
         )

@@ -59,8 +59,8 @@ def main() -> None:
 
         tar, tar_cpu = best(3, pack)
 
-        def run(name: str, decoding: bool, workers: int) -> tuple[float, float]:
-            settings = Settings(rows_per_shard=250, decode=decoding)
+        def run(name: str, decoding: bool, workers: int, *, prints: bool = False) -> tuple[float, float]:
+            settings = Settings(rows_per_shard=250, decode=decoding, prints=prints)
             return best(
                 3,
                 lambda n: convert(
@@ -77,16 +77,19 @@ def main() -> None:
         bare, bare_cpu = (value / len(some) * count for value in best(2, lambda _: [decode(data, "") for data in some]))
         print(f"{count} pictures; tar cf {tar:.2f} s, bare decode on one core {bare:.2f} s")
         for workers in sorted({1, processes}):
-            (plain, plain_cpu), (decoded, decoded_cpu) = (
+            (plain, plain_cpu), (decoded, decoded_cpu), (printed, printed_cpu) = (
                 run(f"p{workers}-", False, workers),
                 run(f"d{workers}-", True, workers),
+                run(f"h{workers}-", True, workers, prints=True),
             )
             print(
                 f"{workers} processes: without decoding {plain:.2f} s ({tar / plain:.2f} of tar's speed), "
-                f"with decoding and sha256 {decoded:.2f} s ({bare / workers / decoded:.2f} of the bare decode speed)"
+                f"with decoding and sha256 {decoded:.2f} s ({bare / workers / decoded:.2f} of the bare decode speed), "
+                f"with perceptual hashes {printed:.2f} s ({bare / workers / printed:.2f} of it)"
             )
             if workers == 1:
-                print(f"  in CPU seconds: {tar_cpu / plain_cpu:.2f} and {bare_cpu / decoded_cpu:.2f}")
+                ratios = (tar_cpu / plain_cpu, bare_cpu / decoded_cpu, bare_cpu / printed_cpu)
+                print("  in CPU seconds: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
 
 
 if __name__ == "__main__":

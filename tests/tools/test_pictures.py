@@ -4,14 +4,20 @@ import io
 import struct
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
 from data_tools.album import Album, develop, read, unread
+from data_tools.convert import Settings, convert
+from data_tools.quality.pictures import prints_of
+from data_tools.quality.subset import silent
 from mmit.data.images import decode
 from mmit.data.sample import SampleError
+from mmit.data.shards import ShardSet, verify
 from tests.tools.conftest import picture_bytes
+from tests.tools.test_convert import rows_with
 
 CANARY = "canary-37.7749N"
 
@@ -153,6 +159,31 @@ def test_links_inside_the_folder_are_read_and_links_out_of_it_refused(tmp_path: 
     for name in ("secret.png", "away/p.png"):
         with pytest.raises(SampleError, match="leads out of the images folder"):
             read(album.picture(name, "p"))
+
+
+def test_a_kept_print_is_the_hash_of_imagehash_and_the_one_that_dedup_makes(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 4)
+    convert("llava", path, photos, tmp_path / "kept", settings=Settings(prints=True))
+    convert("llava", path, photos, tmp_path / "bare")
+    kept, bare = ShardSet(tmp_path / "kept"), ShardSet(tmp_path / "bare")
+    for number in range(4):
+        picture = kept.read(number).images[0]
+        shown = Image.fromarray(decode(picture.data or b"", "p"))
+        assert (picture.print or "")[:16] == str(imagehash.phash(shown))
+        assert bare.read(number).images[0].print is None
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    made = prints_of(bare, tmp_path / "a", silent).values
+    assert np.array_equal(prints_of(kept, tmp_path / "b", silent).values, made)
+    assert list(verify(tmp_path / "kept")) == []
+
+
+def test_pictures_with_prints_are_not_decoded_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = convert("llava", rows_with(photos, 4), photos, tmp_path / "kept", settings=Settings(prints=True))
+    monkeypatch.setattr("data_tools.quality.pictures.decode", lambda *_, **__: 1 / 0)
+    assert len(prints_of(shards, tmp_path, silent).values) == 4
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
