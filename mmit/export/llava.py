@@ -19,7 +19,7 @@ from mmit.export.towers import (
     tower_obstacle,
     tower_tensors,
 )
-from mmit.model.build import Assembly
+from mmit.model.build import Assembly, plain_name
 from mmit.model.projector import MlpProjector
 
 EXPORTABLE = (
@@ -139,11 +139,7 @@ def published_names(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, T
 
 def language_tensors(language: PreTrainedModel) -> dict[str, Tensor]:
     """The language model's own tensors: an adapter beside them is left out, and its renaming undone."""
-    return {
-        name.replace(".base_layer.", "."): value
-        for name, value in language.state_dict().items()
-        if ".lora_" not in name
-    }
+    return {plain_name(name): value for name, value in language.state_dict().items() if ".lora_" not in name}
 
 
 def generation_config(assembly: Assembly, chat: Chat) -> GenerationConfig:

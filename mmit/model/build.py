@@ -6,6 +6,7 @@ Everything is built and merged in fp32; `set_trained` then gives frozen parts th
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,12 +165,12 @@ def add_lora(assembly: Assembly, lora: schema.Lora, *, seed: int) -> None:
 def merge_lora(assembly: Assembly) -> None:
     """Adds the adapter into the weights beside it; these then count as changed."""
     assert assembly.adapter is not None
-    adapted = {name for name, _ in assembly.vlm.named_parameters() if ".base_layer." in name}
+    adapted = {name for name, _ in assembly.vlm.named_parameters() if ".base_layer." in name and ".lora_" not in name}
     assembly.fresh = {name for name in assembly.fresh if ".lora_" not in name}
     assembly.vlm.language = cast(PreTrainedModel, assembly.adapter.merge_and_unload())
     assembly.changed |= {name for name in adapted if not name.endswith("bias")}
     for names in (assembly.fresh, assembly.changed):
-        plain = {name.replace(".base_layer.", ".") for name in names}
+        plain = {plain_name(name) for name in names}
         names.clear()
         names |= plain
     assembly.adapter = assembly.lora = None
@@ -352,18 +353,19 @@ def vocabulary_parameters(language: PreTrainedModel) -> list[str]:
     return [name for name, parameter in language.named_parameters() if id(parameter) in tables]
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what peft puts into it: `x.base_layer.weight` is x.weight, and experts, which it
+    wraps once for each of their tensors, are `x.base_layer.base_layer.down_proj`."""
+    return re.sub(r"(\.base_layer)+(?=\.)", "", name)
+
+
 def _rename_adapted(assembly: Assembly) -> None:
     """peft moves `x.weight` to `x.base_layer.weight`: names that are tracked follow."""
-    present = {name for name, _ in assembly.vlm.named_parameters()}
+    present = {plain_name(name): name for name, _ in assembly.vlm.named_parameters() if ".lora_" not in name}
     for names in (assembly.fresh, assembly.changed):
-        moved = {name if name in present else _base_layer(name) for name in names}
+        moved = {present[plain_name(name)] for name in names}
         names.clear()
         names |= moved
-
-
-def _base_layer(name: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.base_layer.{leaf}"
 
 
 def _some(names: Iterable[str], what: str) -> str:
