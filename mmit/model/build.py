@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmit import config as schema
 from mmit.config import ConfigError
@@ -251,8 +252,13 @@ def set_modes(assembly: Assembly, train: schema.Train, *, gradient_checkpointing
         if vlm.vision is not None and train.vision is not None:
             vlm.vision.gradient_checkpointing(True)
     for name, part in assembly.parts().items():
-        # A frozen LLM still carries gradients to the projector; its checkpointing works in training mode only.
-        part.train(train.model_dump()[name] is not None or (gradient_checkpointing and name == "language"))
+        part.train(train.model_dump()[name] is not None)
+    if gradient_checkpointing and train.language is None:
+        # A frozen LLM still carries gradients to the projector, and its layers checkpoint in training mode only. Only
+        # they get it, not what is in them: there it would switch on the dropout of an LLM that does not train.
+        for module in vlm.language.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
 
 
 def placeholder_of(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel) -> tuple[int, set[str]]:

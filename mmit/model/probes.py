@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,38 @@ from mmit.model.vlm import VLM, embedding_table
 LENGTHS = (13, 9, 17)
 LARGE = 40.0
 """Spread of the logits in `probe_head`: beyond every cap in use (Gemma 2 caps at 30, others higher but softly)."""
+
+
+@torch.no_grad()
+def probe_embeddings(vlm: VLM) -> None:
+    """ConfigError if the language model does more with ids than to look up their embeddings, which is all it is given.
+
+    Gemma 3n and the small Gemma 4 look up each token once more for every layer: from embeddings alone, the first leaves
+    that out without a word and the second stops at the first picture. Call it before the model is spread over ranks.
+    """
+    model: Any = vlm.language.get_decoder()
+    table = cast(nn.Embedding, vlm.language.get_input_embeddings())
+    ids = torch.arange(5, device=table.weight.device)[None]
+    was_training = _pause(vlm)
+    mixed = len({parameter.dtype for parameter in vlm.language.parameters()}) > 1  # as while a part of it trains
+    try:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
+            by_ids = model(input_ids=ids, use_cache=False).last_hidden_state
+            by_rows = model(inputs_embeds=table(ids), use_cache=False).last_hidden_state
+            model(inputs_embeds=table(ids) * 0.5, use_cache=False)  # rows of no token, as pictures are
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model.language: {type(vlm.language).__name__} cannot be given embeddings in place of ids ({reason}); "
+            f"name another model"
+        ) from error
+    finally:
+        _resume(was_training)
+    if not torch.allclose(by_ids, by_rows, rtol=1e-3, atol=1e-5):
+        raise ConfigError(
+            f"model.language: {type(vlm.language).__name__} computes other hidden states from embeddings than from the "
+            f"ids they belong to: it looks its tokens up in more than one table; name another model"
+        )
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from mmit.config import ConfigError
 from mmit.data.packing import Row
 from mmit.model.vision import VisionTower
 
@@ -51,10 +52,12 @@ class VLM(nn.Module):
             return embeds
         if len(row.pixels):
             features = self.projector(self.vision(row.pixels, row.keys))
-            if row.image_tokens != len(row.shown) * features.shape[1]:
-                raise ValueError(
-                    f"{row.image_tokens} placeholder tokens for {len(row.shown)} pictures of {features.shape[1]} "
-                    f"tokens; tower and rendering disagree on the tokens of a picture ({', '.join(row.samples)})"
+            if row.image_tokens != len(row.shown) * features.shape[1] or features.shape[2] != embeds.shape[2]:
+                raise ConfigError(
+                    f"model.projector: {type(self.projector).__name__} makes {features.shape[1]} rows of width "
+                    f"{features.shape[2]} of a picture; the language model is {embeds.shape[2]} wide, and "
+                    f"{row.image_tokens} places were laid out for {len(row.shown)} pictures "
+                    f"({', '.join(row.samples)}); mend its tokens_for or its forward"
                 )
             return place_images(embeds, features[row.shown], row.is_image)
         if row.touch_vision:

@@ -13,7 +13,7 @@ from mmit.config import Config, Stage
 from mmit.data.cache import cache_folder
 from mmit.evaluation.scores import metric_of
 from mmit.model.build import Assembly, set_modes, set_trained
-from mmit.model.probes import chunk_for, probe_head, probe_isolation
+from mmit.model.probes import chunk_for, probe_embeddings, probe_head, probe_isolation
 from mmit.training import parallel, state
 from mmit.training.answers import Question
 from mmit.training.checkpoint import Checkpoint
@@ -91,7 +91,8 @@ def prepare(
     trained, frozen = dtypes(config, device)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
     set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
-    table = table_of_parts(config, stage, assembly, data)  # whose probes need the parameters whole
+    table = table_of_parts(config, stage, assembly, data)  # whose probes need the parameters whole, as the next does
+    probe_embeddings(assembly.vlm)
     model = parallel.spread(assembly.vlm, config.parallel, accelerator, offload=config.offload)
     optimizer = build_optimizer(assembly, stage)
     progress = state.resume(assembly, optimizer, resumed, data) if resumed is not None else Progress()

@@ -9,7 +9,7 @@ import torch
 
 from mmit.config import ConfigError, Model, RandomLanguage
 from mmit.model.build import assemble
-from mmit.model.probes import probe_head, probe_isolation
+from mmit.model.probes import probe_embeddings, probe_head, probe_isolation
 from mmit.model.vlm import VLM
 from tests.training.tiny import GEMMA3, GPT2, LANGUAGE, QWEN2
 
@@ -19,6 +19,16 @@ GEMMA2 = QWEN2 | {"model_type": "gemma2", "head_dim": 8}
 BLOOM = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
 MAMBA = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 LFM2 = QWEN2 | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+GEMMA3N = GEMMA3 | {
+    "model_type": "gemma3n_text",
+    "intermediate_size": [48, 48],
+    "vocab_size_per_layer_input": 260,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
 QWEN3_NEXT = QWEN2 | {
     "model_type": "qwen3_next",
     "head_dim": 8,
@@ -113,6 +123,37 @@ def test_probes_do_not_touch_the_global_random_state() -> None:
     probe_isolation(vlm, CPU)
     probe_head(vlm, CPU)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# Embeddings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [LANGUAGE, GEMMA2, GEMMA3, GPT2, PHI], ids=kind)
+def test_models_that_only_look_ids_up_pass(sizes: dict[str, Any]) -> None:
+    probe_embeddings(made(sizes))
+
+
+def test_a_model_with_a_table_for_each_layer_is_refused() -> None:
+    vlm = made(GEMMA3N)
+    with torch.no_grad():
+        for parameter in vlm.parameters():  # at its start the model scales those tables by zero
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    with pytest.raises(ConfigError, match="Gemma3nForCausalLM computes other hidden states from embeddings"):
+        probe_embeddings(vlm)
+
+
+def test_a_model_that_must_have_ids_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = made(LANGUAGE)
+    kept = vlm.language.model.forward
+
+    def with_ids_alone(*, input_ids: torch.Tensor | None = None, **more: Any) -> Any:
+        if input_ids is None:
+            raise RuntimeError("make sure you provide exact inputs_embeds")
+        return kept(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(vlm.language.model, "forward", with_ids_alone)
+    with pytest.raises(ConfigError, match="cannot be given embeddings in place of ids"):
+        probe_embeddings(vlm)
 
 
 # The head ----------------------------------------------------------------------------

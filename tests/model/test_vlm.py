@@ -19,13 +19,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from mmit.config import ConfigError, Train
 from mmit.data.images import normalise
 from mmit.data.packing import Row
-from mmit.model.build import Assembly
+from mmit.model.build import Assembly, set_modes
 from mmit.training.data import StageData
 from tests.training.tiny import (
     CLIP,
     GEMMA3,
+    GPT2,
     LANGUAGE,
     QUIET_GPT2,
     QWEN2,
@@ -223,6 +225,32 @@ def test_a_count_that_does_not_match_stops_with_the_samples_name(tmp_path: Path,
     wrong[0, int(row.is_image[0].nonzero()[0])] = False
     with pytest.raises(ValueError, match=row.samples[0]):
         assembly.vlm(replace(row, is_image=wrong, image_tokens=int(wrong.sum())))
+
+
+def test_a_projector_of_another_width_is_refused(tmp_path: Path, data: Path) -> None:
+    """Its numbers would be laid out row after row in the places of the pictures, silently."""
+    assembly, found = made(tmp_path, data)
+    row = next(row for row in alone(found) if len(row.shown))
+    assembly.vlm.projector = torch.nn.Linear(16, 48, dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"model\.projector: Linear makes 4 rows of width 48 .* is 32 wide"):
+        assembly.vlm(row)
+
+
+def test_checkpointing_a_frozen_language_model_switches_on_no_dropout(tmp_path: Path, data: Path) -> None:
+    assembly, found = made(tmp_path, data, language=GPT2)
+    train = Train.model_validate({"projector": {"lr": 1e-3}})
+    row = next(row for row in alone(found) if len(row.shown) and len(row.predicts))
+    assembly.vlm.language.requires_grad_(False)
+    counts: list[int] = []
+    layers = assembly.vlm.language.transformer.h
+    layers[0].attn.register_forward_hook(lambda *_: counts.append(1))
+    losses = []
+    for checkpointing in (False, True):
+        set_modes(assembly, train, gradient_checkpointing=checkpointing)
+        losses.append(assembly.vlm(row))
+        losses[-1].sum().backward()
+    assert torch.equal(*losses)
+    assert len(counts) == 3, "the second pass was computed again for its gradient"
 
 
 def test_other_pictures_change_the_loss(tmp_path: Path, data: Path) -> None:
