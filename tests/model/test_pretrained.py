@@ -152,6 +152,28 @@ def test_an_added_token_that_is_only_whitespace_is_refused(token: str, tmp_path:
         assembled(language(tmp_path), add_tokens=[token])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of sentencepiece's own bindings
+def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path: Path) -> None:
+    """As Vicuna's, which the recipes of LLaVA-1.5 name: there is no tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = iter([f"the quick brown fox jumps over the lazy dog, number {number}" for number in range(300)])
+    settings = {"vocab_size": 310, "model_type": "bpe", "byte_fallback": True, "unk_id": 0, "bos_id": 1, "eos_id": 2}
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}  # as Llama's
+    language(tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=310)).save_pretrained(tmp_path)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words, model_prefix=str(tmp_path / "tokenizer"), minloglevel=2, **settings
+    )
+    record = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(record))
+    found = assembled(tmp_path).tokenizer
+    direct = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("the lazy fox", "é  two spaces", "number 7"):
+        assert found(text, add_special_tokens=False).input_ids == direct.encode(text)
+
+
 # Towers ----------------------------------------------------------------------------
 
 
