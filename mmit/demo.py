@@ -83,7 +83,8 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     console.print(f"{exported.folder}, for transformers: {exported.parity.sentence()}")
     console.print(f"pictures: {grid}, {plot}")
     # A terminal folds a long command itself; folded by us it could not be copied.
-    console.print(_next_steps(config, run, out), markup=False, soft_wrap=True)
+    learned = api.with_shards(config).stages[-1].data[0].shards
+    console.print(_next_steps(str(learned), run, out), markup=False, soft_wrap=True)
     return result
 
 
@@ -173,8 +174,8 @@ def _report(console: Console, result: dict[str, Any], before: Sequence[Answered]
     console.print(f"{result['seconds'] / 60:.1f} minutes in all, {result['peak_rss_mb']} MB of memory")
 
 
-def _next_steps(config: Config, run: Path, out: Path) -> str:
-    picture, shards = out / "parts/easy-vqa/test/images/0.png", api.with_shards(config).stages[-1].data[0].shards
+def _next_steps(shards: str, run: Path, out: Path) -> str:
+    picture = out / "parts/easy-vqa/test/images/0.png"
     mine = "stages.sft.data=[{llava: notes.json, images: photos/}]"
 
     def command(*words: object) -> str:
@@ -186,7 +187,7 @@ def _next_steps(config: Config, run: Path, out: Path) -> str:
             command("mmit", "generate", run, "--image", picture, "--prompt", "what is the color of the shape?"),
             "Look at what it learned from, every token coloured by whether it is trained:",
             command("mmit-data", "show", shards, "--run", run),
-            "Teach it your own pictures (notes.json in LLaVA's format; data_tools/README.md lists forty others):",
+            "Teach it your own pictures (notes.json in LLaVA's format; `mmit-data formats` lists forty others):",
             command("mmit", "train", run / "config.yaml", "output=runs/mine", mine),
             "The same on a GPU with a model of 7B; the recipe names the data that it needs:",
             command("mmit", "train", recipes() / "llava15_7b_lora.yaml"),

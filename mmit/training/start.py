@@ -51,7 +51,9 @@ def table_of_parts(config: Config, stage: Stage, assembly: Assembly, data: Stage
         lines.append(f"vision, frozen because no token depends on them: {', '.join(unused)}")
     table.caption, table.caption_justify = "\n".join(lines), "left"
     for column in ("part", "what", "parameters", "trained", "peak rate", "precision"):
-        table.add_column(column, justify="right" if column in ("parameters", "trained", "peak rate") else "left")
+        # Folded where the terminal is narrow: rich would cut names and numbers short.
+        number = column in ("parameters", "trained", "peak rate")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     chosen: dict[str, Any] = dict(stage.train)
     for name, part in assembly.parts().items():
         parameters = list(part.parameters())
