@@ -17,7 +17,7 @@ import typer
 from mmit.config import Config, ConfigError, dump_config, load_config, recipes
 from mmit.data.sample import SampleError
 
-TINY = os.path.relpath(recipes() / "tiny.yaml") if recipes().parent == Path.cwd() else recipes() / "tiny.yaml"
+TINY = Path("configs/tiny.yaml") if Path("configs/tiny.yaml").is_file() else recipes() / "tiny.yaml"
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,

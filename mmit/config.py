@@ -173,7 +173,8 @@ class Source(Section):
         other = [
             key
             for key in tree
-            if key not in cls.model_fields and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.8)
+            if not (key in cls.model_fields or key in ELSEWHERE)
+            and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.8)
         ]
         origins = [str(key) for key in tree if key == "shards" or (key in other and isinstance(tree[key], str))]
         if len(origins) > 1:

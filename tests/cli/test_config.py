@@ -296,6 +296,11 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], object]:
             1,
             ["stages.0.gradient_accumulation_steps: unknown key; here"],
         ),
+        (
+            "stages/0/data/0",
+            {"llava": "x", "image_folder": "y"},
+            ["stages.0.data.0.image_folder: unknown key; here it is images"],
+        ),
         ("stages/1/train/llm", {"lr": 1}, ["stages.1.train.llm: unknown key; here it is language"]),
         # Values
         ("output", "", ["output: String should have at least 1 character; found ''"]),
