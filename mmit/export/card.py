@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mmit.data.provenance import licenses
-from mmit.export.targets import CLIP_DEFECT
+from mmit.export.targets import CLIP_DEFECT, targets
 from mmit.export.verify import Parity
 from mmit.model.saved import Saved
 
@@ -116,7 +116,14 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
         eyes = " --mmproj mmproj.gguf --image photo.jpg" if saved.fit is not None else ""
         program = "llama-mtmd-cli" if saved.fit is not None else "llama-cli"
         text = f'```\n{program} -m model.gguf{eyes} -p "What is this?" --temp 0\n```'
-        return text + (f"\n\nllama.cpp reads this mmproj, but {CLIP_DEFECT}." if eyes else "")
+        if saved.fit is None:
+            return text
+        if any(CLIP_DEFECT in line for line in targets(saved.assembly)):
+            text += f"\n\nllama.cpp reads this mmproj, but {CLIP_DEFECT}."
+        return text + (
+            f"\n\nllama.cpp itself fits a picture that is no square of {saved.fit.side} pixels, by padding it with the "
+            f"mean colour of CLIP; this model was trained on pictures fitted by `{saved.fit.policy}`."
+        )
     if format == "mmit":
         return '```python\nimport mmit\n\nmodel = mmit.load("PATH")\n```'
     if saved.fit is None:

@@ -1,9 +1,10 @@
-"""GGUF for llama.cpp: the language model, and for CLIP towers the mmproj (tower and projector).
+"""GGUF for llama.cpp: the language model, and for CLIP and SigLIP towers the mmproj (tower and projector).
 
 Needs the extra `gguf`. What is written is read back through transformers' own GGUF reader and compared; that
 llama.cpp itself answers the same is a soak test (`tests/export/test_gguf.py`). llama.cpp's GELU is the tanh
 approximation, so image vectors come out within about 1e-2 there; and until its issue 25814 is mended it puts the cls
-token behind the patches, which no file can undo: the mmproj is right, what llama.cpp makes of it is not.
+token of CLIP behind the patches, which no file can undo: the mmproj is right, what llama.cpp makes of it is not.
+SigLIP has no such token.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ CLIP_BLOCK = {
 CLIP_WHOLE = {
     "embeddings.class_embedding": "v.class_embd",
     "embeddings.patch_embedding.weight": "v.patch_embd.weight",
+    "embeddings.patch_embedding.bias": "v.patch_embd.bias",
     "embeddings.position_embedding.weight": "v.position_embd.weight",
     "pre_layrnorm.weight": "v.pre_ln.weight",
     "pre_layrnorm.bias": "v.pre_ln.bias",
@@ -72,8 +74,8 @@ def write_gguf(saved: Saved, folder: Path, dtype: str) -> None:
     reason = next((line for line in targets(saved.assembly) if "only (" in line or "not llama.cpp" in line), None)
     if reason is not None:
         raise ExportError(
-            f"--format gguf: {reason}. What llama.cpp is given: {', '.join(LLAMA_CPP)} language models and CLIP towers "
-            f"with select: patch before an mlp of depth 2"
+            f"--format gguf: {reason}. What llama.cpp is given: {', '.join(LLAMA_CPP)} language models and CLIP or "
+            f"SigLIP towers with select: patch before an mlp of depth 2"
         )
     if dtype == "bfloat16":
         raise ExportError("--format gguf: write --dtype float32 or float16; llama-quantize makes smaller ones of it")
@@ -189,8 +191,15 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, 
         tokens.append(token)
         types.append(kind)
         scores.append(float(-number))
+    spaces = [bool(chat.text.prefix("x", section)) for section in ("first", "start")]
+    if any(spaces) and not (by_bytes and all(spaces)):
+        raise ExportError(
+            "--format gguf: the tokenizer puts a space before some texts only; llama.cpp does so before every text "
+            "that follows a control token, or before none, and would read other prompts than were trained"
+        )
     if by_bytes:
         writer.add_tokenizer_model("llama")
+        writer.add_add_space_prefix(all(spaces))
         writer.add_token_scores(scores)
     else:
         writer.add_tokenizer_model("gpt2")
@@ -233,15 +242,16 @@ def _write_mmproj(assembly: Assembly, file: Path, dtype: str) -> None:
     tower = assembly.vlm.vision
     assert tower is not None
     config: Any = tower_config(tower)
-    if config.hidden_act not in ("gelu", "quick_gelu"):
-        raise ExportError(f"--format gguf: a tower with {config.hidden_act}; llama.cpp's CLIP has gelu and quick_gelu")
+    acts = {"gelu": True, "gelu_pytorch_tanh": True, "quick_gelu": False}
+    if config.hidden_act not in acts:
+        raise ExportError(f"--format gguf: a tower with {config.hidden_act}; llama.cpp has {', '.join(acts)}")
     writer = _writer(file, "clip")
     writer.add_file_type(1 if dtype == "float16" else 0)
     writer.add_bool("clip.has_text_encoder", False)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.has_llava_projector", True)
     writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", config.hidden_act == "gelu")
+    writer.add_bool("clip.use_gelu", acts[config.hidden_act])
     writer.add_uint32("clip.vision.image_size", tower.side)
     writer.add_uint32("clip.vision.patch_size", tower.patch)
     writer.add_uint32("clip.vision.embedding_length", config.hidden_size)

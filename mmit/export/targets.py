@@ -27,14 +27,15 @@ def targets(assembly: Assembly) -> list[str]:
         return [f"mmit only ({reason})"]
     found = ["transformers (LlavaForConditionalGeneration)"]
     clip = isinstance(tower.encoder, CLIPVisionModel | VisionTransformer)
-    if clip or isinstance(tower.encoder, SiglipVisionModel):
+    siglip = isinstance(tower.encoder, SiglipVisionModel)
+    if clip or siglip:
         found.append("vLLM")
     else:
         found.append("not vLLM (its Llava takes CLIP and SigLIP towers)")
-    if not clip or tower.select != "patch":
-        return [*found, "not llama.cpp (the mmproj is written for CLIP towers with select: patch)"]
+    if not (clip or siglip) or tower.select != "patch":
+        return [*found, "not llama.cpp (the mmproj is written for CLIP and SigLIP towers with select: patch)"]
     answer = _llama_cpp(kind)
-    return [*found, f"llama.cpp, but {CLIP_DEFECT}" if answer == "llama.cpp" else answer]
+    return [*found, f"llama.cpp, but {CLIP_DEFECT}" if clip and answer == "llama.cpp" else answer]
 
 
 def _llama_cpp(model_type: str) -> str:

@@ -13,6 +13,7 @@ from mmit.data.images import normalise
 from mmit.export.llava import ExportError
 from mmit.export.verify import probes, rendered, said
 from mmit.export.write import export
+from tests.data.made_tokenizers import metaspace
 from tests.export.models import LLAMA, MODELS, TOWERS, run_of, saved_model
 
 gguf = pytest.importorskip("gguf")
@@ -26,6 +27,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "mistral": {"language": {"random": WIDE | {"model_type": "mistral", "sliding_window": None}}},
 }
 SEEING = {"language": {"random": WIDE}, "vision": TOWERS["open_clip"]}
+SIGLIP = {"language": {"random": WIDE}, "vision": TOWERS["siglip"]}
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -41,9 +43,10 @@ def test_half_precision_is_that_of_the_rounded_model(tmp_path: Path) -> None:
     assert export(run, tmp_path / "out", format="gguf", dtype="float16").parity.largest_difference <= 1e-5
 
 
-def test_the_mmproj_computes_our_image_vectors(tmp_path: Path) -> None:
-    """Its own tensors, through the steps that llama.cpp takes, in NumPy."""
-    saved = saved_model(SEEING)
+@pytest.mark.parametrize("model", [SEEING, SIGLIP], ids=["CLIP", "SigLIP"])
+def test_the_mmproj_computes_our_image_vectors(model: dict[str, Any], tmp_path: Path) -> None:
+    """Its own tensors, through the steps that llama.cpp takes, in NumPy; its GELU is the tanh approximation."""
+    saved = saved_model(model)
     export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
     reader = gguf.GGUFReader(tmp_path / "out/mmproj.gguf")
     tensors = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
@@ -56,7 +59,21 @@ def test_the_mmproj_computes_our_image_vectors(tmp_path: Path) -> None:
         ours = projector(vision(pixels[0][None]))[0].numpy()
     picture = normalise(pixels[0][None], vision.mean, vision.std)[0].numpy()
     theirs = image_vectors(tensors, picture, blocks=about["vision.block_count"] - 1, heads=2, gelu=about["use_gelu"])
-    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    np.testing.assert_allclose(theirs, ours, atol=1e-2 if about["use_gelu"] else 1e-5)
+
+
+@pytest.mark.parametrize(("scheme", "space"), [("always", True), ("prepend", True), ("never", False), ("first", None)])
+def test_where_spaces_go_before_texts_is_said_or_refused(scheme: str, space: bool | None, tmp_path: Path) -> None:
+    metaspace(scheme).save_pretrained(tmp_path / "tokenizer")
+    model = {"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}
+    run = run_of(saved_model(model, chat="vicuna_v1"), tmp_path / "run")
+    if space is None:
+        with pytest.raises(ExportError, match="a space before some texts only"):
+            export(run, tmp_path / "out", format="gguf")
+        return
+    export(run, tmp_path / "out", format="gguf")
+    reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
+    assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() == space
 
 
 def image_vectors(
@@ -83,9 +100,14 @@ def image_vectors(
     size = kernel.shape[-1]
     side = picture.shape[-1] // size
     cut = picture.reshape(3, side, size, side, size).transpose(1, 3, 0, 2, 4).reshape(side * side, -1)
-    cls, patches = tensors["v.class_embd"].reshape(1, -1), cut @ kernel.reshape(len(kernel), -1).T
-    x = np.concatenate([patches, cls] if cls_last else [cls, patches])
-    x = norm(x + tensors["v.position_embd.weight"], "v.pre_ln")
+    x = cut @ kernel.reshape(len(kernel), -1).T
+    has_cls = "v.class_embd" in tensors
+    if has_cls:
+        cls = tensors["v.class_embd"].reshape(1, -1)
+        x = np.concatenate([x, cls] if cls_last else [cls, x]) + tensors["v.position_embd.weight"]
+        x = norm(x, "v.pre_ln")
+    else:
+        x = x + tensors["v.patch_embd.bias"] + tensors["v.position_embd.weight"]
     for number in range(blocks):
         at = f"v.blk.{number}"
         y = norm(x, f"{at}.ln1")
@@ -96,13 +118,13 @@ def image_vectors(
         x = x + linear(mixed.swapaxes(0, 1).reshape(len(x), -1), f"{at}.attn_out")
         hidden = linear(norm(x, f"{at}.ln2"), f"{at}.ffn_up")
         x = x + linear(exact_gelu(hidden) if gelu else hidden / (1 + np.exp(-1.702 * hidden)), f"{at}.ffn_down")
-    return linear(exact_gelu(linear(x[1:], "mm.0")), "mm.2")
+    return linear(exact_gelu(linear(x[int(has_cls) :], "mm.0")), "mm.2")
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (MODELS["SigLIP + qwen2, tied"], "not llama.cpp"),
+        (MODELS["DINOv2 + llama"], "not llama.cpp"),
         ({"language": {"random": WIDE | {"model_type": "gemma", "head_dim": 16}}}, "gemma is not among llama"),
         (SEEING | {"projector": {"kind": "linear"}}, "mmit only"),
         ({"language": {"random": WIDE | {"model_type": "mistral", "sliding_window": 8}}}, "sliding window"),
@@ -137,9 +159,16 @@ def test_llama_cpp_itself_answers_with_our_tokens(name: str, tmp_path: Path) -> 
 DEFECT = pytest.mark.xfail(reason="github.com/ggml-org/llama.cpp/issues/25814: cls token behind the patches")
 
 
+CLIP = {"language": {"random": WIDE}, "vision": TOWERS["clip"]}
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("cls_last", [pytest.param(False, marks=DEFECT), True])
-@pytest.mark.parametrize("model", [SEEING, {"language": {"random": WIDE}, "vision": TOWERS["clip"]}])
+@pytest.mark.parametrize(
+    ("model", "cls_last"),
+    [(SIGLIP, False)]
+    + [pytest.param(model, False, marks=DEFECT) for model in (SEEING, CLIP)]
+    + [(model, True) for model in (SEEING, CLIP)],
+)
 def test_llama_cpp_itself_sees_our_image_vectors(model: dict[str, Any], cls_last: bool, tmp_path: Path) -> None:
     """A square picture of the tower's side, so that no resize comes between; its GELU is an approximation.
 
