@@ -23,7 +23,7 @@ from mmit import api, demo_parts
 from mmit.config import Config, Source, load_config, recipes
 from mmit.data.cache import cache_folder
 from mmit.data.order import permutation
-from mmit.data.sample import Sample
+from mmit.data.sample import ImagePart, Sample, message
 from mmit.data.shards import ShardSet
 from mmit.evaluation.answers import Answered, evaluate_answers
 from mmit.evaluation.answers import questions as questions_of
@@ -120,9 +120,8 @@ def _chosen(shards: ShardSet, open_questions: int, yes_no_questions: int) -> lis
             if left[kind] > 0 and (kind == "open" or taken["yes_no"] < 1):
                 left[kind] -= 1
                 taken[kind] += 1
-                picture = () if kept or not sample.messages[0].parts else sample.messages[0].parts[:1]
-                text = question.parts if question.parts[:1] != sample.messages[0].parts[:1] else question.parts[1:]
-                kept += [replace(question, parts=(*picture, *text)), answer]
+                picture = () if kept else (ImagePart(0), "\n")
+                kept += [message("user", *picture, question.text.strip()), answer]
         if kept:
             chosen.append(replace(sample, messages=tuple(kept)))
         if not any(left.values()):

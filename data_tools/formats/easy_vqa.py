@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, json_rows, row_at
-from data_tools.turns import sample_of, text_of
+from data_tools.turns import asked_about, text_of
 from mmit.config import ConfigError
-from mmit.data.sample import ImagePart, Sample, SampleError, TextPart
+from mmit.data.sample import Sample, SampleError
 
 YES_NO = ("yes", "no")
 
@@ -56,13 +56,9 @@ def samples(
 
     def sample(row: Row) -> Sample:
         asked: list[Question] = row.record
-        messages = []
-        for number, question in enumerate(asked):
-            shown = [ImagePart(0), TextPart(question.text)] if number == 0 else [TextPart(question.text)]
-            messages += [("user", shown, None), ("assistant", [TextPart(question.answer)], None)]
-        picture = asked[0].picture
-        meta = {"picture": picture}
-        return sample_of(messages, images=[album.picture(f"{picture}.png", row.where)], meta=meta, where=row.where)
+        picture = album.picture(f"{asked[0].picture}.png", row.where)
+        pairs = [(question.text, question.answer) for question in asked]
+        return asked_about([picture], pairs, where=row.where, meta={"picture": asked[0].picture})
 
     def rows() -> Iterator[Row | Rejected]:
         pictures: dict[int, list[Question]] = {}

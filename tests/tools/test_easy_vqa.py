@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pairs(sample: Sample) -> list[tuple[str, str]]:
-    texts = [item.text for item in sample.messages]
+    texts = [item.text.removeprefix("\n") for item in sample.messages]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -51,7 +51,7 @@ def test_every_question_is_asked_once_with_its_answer(folder):
 
 def test_only_the_first_turn_shows_the_picture(folder):
     first, *rest = read(folder)[0].messages
-    assert [type(part) for part in first.parts] == [ImagePart, TextPart]
+    assert [type(part) for part in first.parts] == [ImagePart, TextPart, TextPart]
     assert not [part for item in rest for part in item.parts if isinstance(part, ImagePart)]
 
 

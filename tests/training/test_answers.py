@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mmit.evaluation.answers import questions
 from mmit.evaluation.scores import token_f1
 from mmit.inference.generate import load
 from tests.training.ranks import run_ranks
+from tests.training.test_resume import OFTEN, assert_same_run, wait_for_steps
 from tests.training.tiny import LANGUAGE, altered, config, ended, metrics, run, said, stage, start
 from tests.training.tiny import opened as opened_stage
 
@@ -54,6 +57,24 @@ def test_ranks_answer_as_one(how: str, tmp_path: Path, data: Path) -> None:
     one = run(altered(asking(tmp_path / "one", data), tmp_path / "one", precision="fp64"))
     two = run_ranks(altered(asking(tmp_path / "two", data), tmp_path / "two", precision="fp64", parallel=how), 2)
     assert answered(one) == answered(two)
+
+
+def test_answering_changes_no_number_of_the_training(tmp_path: Path, data: Path) -> None:
+    asked = asking(tmp_path / "asked", data)
+    plain = altered(asked, tmp_path / "plain", eval=EVALUATED | {"generate": 0})
+    assert metrics(run(asked)) == metrics(run(plain))
+
+
+def test_answers_are_exact_over_a_kill(tmp_path: Path, data: Path) -> None:
+    straight = run(asking(tmp_path / "straight", data))
+    again = altered(asking(tmp_path / "again", data), tmp_path / "again", save=OFTEN | {"every": 2})
+    process = start(again)
+    wait_for_steps(again, process, 4)
+    os.kill(process, signal.SIGKILL)
+    ended(process)
+    run(again)
+    assert_same_run(straight, tmp_path / "again")
+    assert answered(straight) == answered(tmp_path / "again")
 
 
 def test_scores_are_the_mean_over_the_answers_of_a_source(tmp_path: Path, data: Path) -> None:

@@ -61,7 +61,9 @@ def kill_until_done(wanted: Config, kills: int, *, seed: int, longest: float, wo
         process = start(altered(wanted, Path(wanted.output), workers=rng.choice(workers)))
         time.sleep(rng.uniform(0.1, longest))
         os.kill(process, signal.SIGKILL)
-        killed += ended(process) == -signal.SIGKILL
+        code = ended(process)
+        assert code in (0, -signal.SIGKILL), said(wanted)  # no start is dead by itself
+        killed += code != 0
     # At once: workers of a killed process may still live, and must not hold the run.
     assert ended(start(altered(wanted, Path(wanted.output), workers=rng.choice(workers)))) == 0, said(wanted)
     return killed
