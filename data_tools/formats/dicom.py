@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.album import png_of, unread
-from data_tools.rows import Rejected, Row, each, fields, records, text_field
-from data_tools.turns import asked_about
+from data_tools.rows import Rejected, Row, each, fields, records, text_beside, text_field
+from data_tools.turns import asked_about, text_of
 from mmit.config import ConfigError
 from mmit.data.sample import Picture, Sample, SampleError
 
@@ -24,10 +24,14 @@ def samples(
     images: Path | None = None,
     *,
     levels: list[float] | None = None,
+    frame: int | None = None,
     prompt: str = "Describe the image.",
     strip: bool = True,
 ) -> Iterator[Sample | Rejected]:
-    """`levels`: [black, white] after the rescale (for CT in Hounsfield units), instead of each file's own."""
+    """`levels`: [black, white] after the rescale (for CT in Hounsfield units), instead of each file's own. `frame`:
+    which one of a file with several is shown; without it, such files are rejected."""
+    if levels is not None and (len(levels) != 2 or not levels[0] < levels[1]):
+        raise ConfigError(f"dicom: levels {levels} are not [black, white]; write --set 'levels=[-1000, 400]'")
     try:
         import pydicom  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -38,52 +42,73 @@ def samples(
         if not path.is_dir():
             yield from records(path)
             return
-        for number, file in enumerate(sorted(path.rglob("*.dcm"))):
-            text = file.with_suffix(".txt")
-            record = {
-                "image": str(file.relative_to(path)),
-                "answer": text.read_text("utf-8") if text.exists() else None,
-            }
-            yield Row(path.name, number, f"{path.name}/{file.relative_to(path)}", record)
+        for number, file in enumerate(sorted(path.rglob("*.[dD][cC][mM]"))):
+            name = str(file.relative_to(path))
+            yield Row(
+                path.name, number, f"{path.name}/{name}", {"image": name, "text beside": file.with_suffix(".txt")}
+            )
 
     def sample(row: Row) -> Sample:
         name = text_field(row, "image", "path", "file_name")
         file = (root / name).resolve()
         if not file.is_relative_to(root) or not file.is_file():
             raise SampleError(f"{row.where}: {name} is no file below {root}")
-        question = fields(row).get("question") or prompt
-        pairs = [(question, text_field(row, "answer", "caption", "text", "report"))]
-        return asked_about([picture_of(file, row.where, levels)], pairs, where=row.where, strip=strip)
+        beside = fields(row).get("text beside")
+        if beside:
+            answer = text_beside(beside, path.resolve(), row.where)
+        else:
+            answer = text_field(row, "answer", "caption", "text", "report")
+        question = fields(row).get("question")
+        pairs = [(text_of(question, row.where) if question else prompt, answer)]
+        return asked_about([picture_of(file, row.where, levels, frame)], pairs, where=row.where, strip=strip)
 
     return each(rows(), sample)
 
 
-def picture_of(file: Path, where: str, levels: list[float] | None) -> Picture:
-    """The first frame as an 8-bit PNG."""
+def picture_of(file: Path, where: str, levels: list[float] | None, frame: int | None) -> Picture:
+    """One frame as an 8-bit PNG."""
     import pydicom  # pyright: ignore[reportMissingImports]
     from pydicom.errors import InvalidDicomError  # pyright: ignore[reportMissingImports]
-    from pydicom.pixels.processing import (  # pyright: ignore[reportMissingImports]
-        apply_modality_lut,
-        apply_voi_lut,
-        convert_color_space,
-    )
+    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut  # pyright: ignore[reportMissingImports]
+    from pydicom.pixels.utils import pixel_array  # pyright: ignore[reportMissingImports]
 
     try:
         header: Any = pydicom.dcmread(file)
-        pixels: Any = header.pixel_array
+        count = int(header.get("NumberOfFrames") or 1)
+        if count > 1 and (frame is None or not 0 <= frame < count):
+            raise SampleError(f"{where}: {file.name} holds {count} frames; --set frame=N, from 0, says which to show")
+        pixels: Any = pixel_array(header, index=frame if count > 1 else 0)  # YBR comes as RGB
         kind = str(header.PhotometricInterpretation)
-        if int(header.get("NumberOfFrames", 1)) > 1:
-            pixels = pixels[0]
+        if kind == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, header)
         if pixels.ndim == 3:
-            pixels = convert_color_space(pixels, kind, "RGB") if kind.startswith("YBR") else pixels
-            return unread(png_of(np.ascontiguousarray(pixels[..., :3]).astype(np.uint8), where), where)
-        values = apply_modality_lut(pixels, header)
-        values = np.asarray(apply_voi_lut(values, header) if levels is None else values, dtype=np.float64)
+            deep = 0 if pixels.dtype.itemsize == 1 else 8 if kind == "PALETTE COLOR" else int(header.BitsStored) - 8
+            return unread(png_of(np.ascontiguousarray((pixels[..., :3] >> deep).astype(np.uint8)), where), where)
+        values = np.asarray(apply_modality_lut(pixels, header), dtype=np.float64)
+        values, low, high = _shown(values, header) if levels is None else (values, *levels)
+    except SampleError:
+        raise
     except (InvalidDicomError, AttributeError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
         raise SampleError(f"{where}: {file.name} cannot be read as DICOM ({type(error).__name__})") from None
-    low, high = levels if levels is not None else (float(values.min()), float(values.max()))
     if not low < high:
         raise SampleError(f"{where}: {file.name} is one flat value ({low:g}); name levels")
     shades = np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
     shades = 255 - shades if kind == "MONOCHROME1" else shades
     return unread(png_of(np.repeat(shades[..., None], 3, axis=2), where), where)
+
+
+def _shown(values: np.ndarray, header: Any) -> tuple[np.ndarray, float, float]:
+    """The values through the file's own window or table, and what is then black and white; else their own range."""
+    from pydicom.pixels.processing import apply_voi_lut, apply_windowing  # pyright: ignore[reportMissingImports]
+
+    if header.get("VOILUTSequence"):
+        return (
+            apply_voi_lut(values.astype(np.int64), header),
+            0,
+            2 ** int(header.VOILUTSequence[0].LUTDescriptor[2]) - 1,
+        )
+    if header.get("WindowCenter") is not None:
+        with np.errstate(over="ignore"):
+            low, high = apply_windowing(np.array([-1e12, 1e12]), header)
+            return apply_windowing(values, header), float(low), float(high)
+    return values, float(values.min()), float(values.max())
