@@ -28,6 +28,8 @@ def samples(
     def sample(row: Row) -> Sample:
         record = fields(row)
         texts = field(row, "texts")
+        if not isinstance(texts, list) or not texts:
+            raise SampleError(f"{row.where}: texts is no list of turns: {str(texts)[:60]!r}")
         rated = record.get(ratings) or [None] * len(texts)
         if least and len(rated) != len(texts):
             raise SampleError(f"{row.where}: {len(texts)} turns but {len(rated)} {ratings}")

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.rows import Rejected, Row, each, records, text_field
-from data_tools.turns import Turn, said, sample_of
+from data_tools.rows import Rejected, Row, each, fields, records, text_field
+from data_tools.turns import Turn, refuse_media, said, sample_of
 from mmit.data.sample import Sample, SampleError
 
 MARKS = [
@@ -22,6 +22,7 @@ def samples(path: Path, images: Path | None = None, *, strip: bool = True) -> It
     del images
 
     def sample(row: Row) -> Sample:
+        refuse_media(fields(row), row.where, "image", "video", "audio")
         text = text_field(row, "text", "input", "conversation")
         marks, user = next(((marks, user) for marks, user in MARKS if marks.search(text)), (None, ""))
         if marks is None:
@@ -33,7 +34,7 @@ def samples(path: Path, images: Path | None = None, *, strip: bool = True) -> It
             for name, said_text in zip(pieces[::2], pieces[1::2], strict=True)
         ]
         # Baize ends with an empty mark that only opens the user's next turn.
-        while turns and turns[-1].role == "user":
+        if turns and turns[-1].role == "user" and not pieces[-1].strip():
             turns.pop()
         return sample_of(turns, where=row.where, strip=strip)
 

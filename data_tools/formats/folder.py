@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each
+from data_tools.rows import Rejected, Row, each, text_beside
 from data_tools.turns import Turn, asked_about, sample_of, text_of
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Sample, SampleError, TextPart
@@ -32,8 +32,14 @@ def samples(
     def rows() -> Iterator[Row]:
         stems: dict[str, dict[str, Path]] = {}
         for file in sorted(root.rglob("*")):
-            kind = "picture" if file.suffix.lower() in PICTURES else "text" if file.suffix == ending else ""
-            if kind and file.is_file():
+            kind = (
+                "picture"
+                if file.suffix.lower() in PICTURES
+                else "text"
+                if file.suffix.lower() == ending.lower()
+                else ""
+            )
+            if kind and (file.is_file() or file.is_symlink()):
                 stem = str(file.relative_to(root).with_suffix(""))
                 stems.setdefault(stem, {})[kind if kind not in stems.get(stem, {}) else "second"] = file
         for number, (stem, found) in enumerate(sorted(stems.items())):
@@ -47,10 +53,7 @@ def samples(
             if kind not in found:
                 other = found["text" if kind == "picture" else "picture"].name
                 raise SampleError(f"{row.where}: {other} has no {kind} of the same name beside it")
-        try:
-            text = found["text"].read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise SampleError(f"{row.where}: {found['text'].name} is not UTF-8; save it again as UTF-8") from None
+        text = text_beside(found["text"], root, row.where)
         picture = album.picture(str(found["picture"].relative_to(root)), row.where)
         text = text_of(text, row.where)
         if not text.strip():

@@ -26,7 +26,7 @@ def samples(
     config: str | None = None,
     split: str = "train",
     revision: str | None = None,
-    options: str = "{}",
+    options: dict[str, Any] | str = "{}",
 ) -> Iterator[Sample | Rejected]:
     """`layout`: the format of the rows. `options`: that format's options as JSON."""
     try:
@@ -36,7 +36,11 @@ def samples(
     try:
         data: Any = datasets.load_dataset(str(path), config, split=split, revision=revision)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"hub: {path} cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"hub: {path} cannot be loaded ({str(error).strip().partition(chr(10))[0]})") from None
+    try:
+        given = json.loads(options) if isinstance(options, str) else options
+    except ValueError as error:
+        raise ConfigError(f"hub: options {options!r} is not JSON ({error}); write for example {{least: 4}}") from None
     with tempfile.TemporaryDirectory() as folder:
         for name, feature in data.features.items():
             if isinstance(feature, datasets.Image):
@@ -46,4 +50,4 @@ def samples(
         from data_tools.detect import detect
         from data_tools.formats import samples_of
 
-        yield from samples_of(layout or detect(file), file, images, json.loads(options))
+        yield from samples_of(layout or detect(file), file, images, given)

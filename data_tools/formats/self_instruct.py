@@ -19,7 +19,7 @@ def samples(
     def rows() -> Iterator[Row | Rejected]:
         for row in records(path):
             instances = row.record.get("instances") if isinstance(row, Row) and isinstance(row.record, dict) else None
-            if isinstance(row, Rejected) or not isinstance(instances, list):
+            if isinstance(row, Rejected) or not isinstance(instances, list) or not instances:
                 yield row
                 continue
             for number, instance in enumerate(instances):

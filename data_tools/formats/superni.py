@@ -25,10 +25,11 @@ def samples(
             raise ConfigError(f"{path}: the folder holds no task file (.json)")
         for file in files:
             task = json_document(file)
-            if not isinstance(task, dict) or "Instances" not in task or "Definition" not in task:
+            if not isinstance(task, dict) or not isinstance(task.get("Instances"), list) or "Definition" not in task:
                 raise SampleError(f"{file}: no task of Super-NaturalInstructions; it needs Definition and Instances")
             for number, instance in enumerate(task["Instances"]):
-                yield row_at(file, number, instance | {"task": task}, lines=False)
+                record = instance | {"task": task} if isinstance(instance, dict) else instance
+                yield row_at(file, number, record, lines=False)
 
     def sample(row: Row) -> Sample:
         record = fields(row)

@@ -1,10 +1,14 @@
-"""CSV, TSV or parquet (a file or a folder) with named columns: a picture, a question, an answer; the first and the last
-may hold file names, and in parquet the pictures themselves."""
+"""CSV, TSV or parquet (a file or a folder) with named columns: a picture, a question, an answer; the first holds file
+names or, in parquet, the pictures themselves. The other columns go into the sample's meta. A row without a picture is
+text only where the table has questions, and rejected where a picture is all there is to ask about.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, fields, records
@@ -50,8 +54,10 @@ def samples(
         pictures = record.get(shown) if shown else None
         listed = pictures if isinstance(pictures, list) else [pictures] if pictures else []
         text = text_of(record[asked], row.where) if asked else prompt
-        reply = text_of(record[told] if isinstance(record[told], str) else str(record[told]), row.where)
-        rest = {k: v for k, v in record.items() if k not in (told, shown, asked) and isinstance(v, str | int | float)}
+        reply = _told(record[told], f"{row.where}: {told}")
+        if shown and not listed and not asked:
+            raise SampleError(f"{row.where}: no picture in {shown}, so there is nothing to describe")
+        rest = {k: v for k, v in record.items() if k not in (told, shown, asked) and _is_plain(v)}
         if listed:
             found = [album.picture(item, row.where) for item in listed]
             return asked_about(found, [(text, reply)], where=row.where, strip=strip, meta=rest)
@@ -59,3 +65,14 @@ def samples(
         return sample_of(turns, meta=rest, where=row.where, strip=strip)
 
     return each(records(path), sample)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _told(value: Any, where: str) -> str:
+    """An answer as text; numbers are written out."""
+    if not _is_plain(value):
+        raise SampleError(f"{where} is {str(value)[:60]!r}; an answer is a text or a number")
+    return text_of(value if isinstance(value, str) else str(value), where)

@@ -1,8 +1,9 @@
 """Plain webdataset and Energon tars, a file or a folder of them: members KEY.jpg, KEY.txt, KEY.json, KEY.0.jpg, ...
 
 What is read of a sample: its pictures in the order of the tar; its JSON if that is a conversation (`messages`,
-`conversations`) or has one of the usual names for question and answer; else its text as a caption. Members of a sample
-that stand apart are joined; in a compressed tar, which cannot be read twice, a key that comes back is rejected by name.
+`conversations`) or has one of the usual names for question and answer; else its text as a caption, learned alone where
+there is no picture. Samples with a video or a sound are rejected. Members of a sample that stand apart are joined; in a
+compressed tar, which cannot be read twice, a key that comes back is rejected by name.
 Nothing is unpacked to disk, and no member is ever run or unpickled.
 """
 
@@ -34,10 +35,20 @@ from data_tools.tars import (
     key_and_ending,
     unpacked,
 )
-from data_tools.turns import Turn, asked_about, place_pictures, sample_of, text_of, valued_turns
+from data_tools.turns import (
+    Turn,
+    asked_about,
+    most_common,
+    place_pictures,
+    sample_of,
+    text_of,
+    told_first,
+    valued_turns,
+)
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Picture, Sample, SampleError, TextPart
 
+MEDIA = {"mp4", "mkv", "webm", "avi", "mov", "mp3", "wav", "flac", "ogg", "m4a"}
 QUESTIONS = ("question", "context", "prompt", "instruction", "text_input")
 ANSWERS = ("answer", "answers", "caption", "text", "response", "completion", "text_output")
 
@@ -63,6 +74,8 @@ def sample_of_members(row: Row, *, prompt: str, strip: bool) -> Sample:
     texts: dict[str, str] = {}
     for ending, data in row.record["members"]:
         last = ending.rpartition(".")[2].lower()
+        if last in MEDIA:
+            raise SampleError(f"{row.where}: it shows .{ending}, and only pictures and texts are read from tars")
         if last in PICTURES:
             pictures.append(data if isinstance(data, Picture) else unread(data, f"{row.where}: {ending}"))
         elif last in TEXTS:
@@ -124,6 +137,7 @@ def _streamed_rows(tar: Path) -> Iterator[Row | Rejected]:
 
 def _sample(row: Row, pictures: list[Picture], texts: Mapping[str, str], prompt: str, strip: bool) -> Sample:
     where, meta = row.where, {"key": row.record["key"]}
+    endings = [ending for ending, _ in row.record["members"]]
     record: Any = {}
     if "json" in texts:
         try:
@@ -137,27 +151,36 @@ def _sample(row: Row, pictures: list[Picture], texts: Mapping[str, str], prompt:
         ]
         return asked_about(pictures, pairs, where=where, strip=strip, meta=meta)
     if isinstance(record, dict) and "conversations" in record:
-        turns = valued_turns(record["conversations"], where)
-        placed = place_pictures(turns, len(pictures), where)
-        messages = [Turn(role, parts) for (role, _), parts in zip(turns, placed, strict=True)]
-        return sample_of(messages, images=pictures, where=where, strip=strip, meta=meta)
+        turns = place_pictures(valued_turns(record["conversations"], where), len(pictures), where)
+        turns = told_first(turns, where, system=record.get("system"), tools=record.get("tools"))
+        return sample_of(turns, images=pictures, where=where, strip=strip, meta=meta)
     if isinstance(record, list) or (isinstance(record, dict) and "messages" in record):
         listed = {"messages": record} if isinstance(record, list) else dict(record)
         turns, shown = parts_of_row(listed | {"images": pictures}, where, Album(None))
         return sample_of(turns, images=shown, where=where, strip=strip, meta=meta)
+    if not isinstance(record, dict):
+        raise SampleError(f"{where}: its JSON is a {type(record).__name__}; write an object with named fields")
     question = next((record[name] for name in QUESTIONS if record.get(name)), texts.get("question"))
     answer = next((record[name] for name in ANSWERS if record.get(name)), None)
     if answer is None:
         answer = next(
             (texts[name] for name in ("answer", "txt", "text", "caption") if texts.get(name, "").strip()), None
         )
-    if isinstance(answer, list) and answer:
-        answer = answer[0]
+    if isinstance(answer, list):
+        answer = _answer_of(answer, record.get("answer_weights"), where)
     if answer is None:
-        found = ", ".join(ending for ending, _ in row.record["members"])
-        raise SampleError(f"{where}: no conversation, answer or caption among its members {found}")
-    if question is None and not prompt:
+        raise SampleError(f"{where}: no conversation, answer or caption among its members {', '.join(endings)}")
+    if question is None and not pictures and any(m.rpartition(".")[2].lower() not in TEXTS for m in endings):
+        raise SampleError(f"{where}: a caption but no picture among its members {', '.join(endings)}")
+    if question is None and (not prompt or not pictures):
         parts = [*(ImagePart(number) for number in range(len(pictures))), TextPart(text_of(answer, where))]
         return sample_of([Turn("assistant", parts)], images=pictures, where=where, strip=strip, meta=meta)
     asked = text_of(question, where) if question is not None else prompt
     return asked_about(pictures, [(asked, text_of(answer, where))], where=where, strip=strip, meta=meta)
+
+
+def _answer_of(answers: list[Any], weights: Any, where: str) -> str:
+    """The answer of most weight (Energon's `answer_weights`), or the one given most often."""
+    if isinstance(weights, list) and len(weights) == len(answers) > 0:
+        return text_of(answers[max(range(len(answers)), key=lambda number: weights[number])], where)
+    return most_common(answers, where)
