@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_tools.turns import text_of
 from mmit.config import ConfigError
 from mmit.data.images import MAX_BYTES, decode, header
 from mmit.data.sample import Picture, Sample, SampleError
@@ -78,6 +79,7 @@ class Album:
                 f"{where}: the picture is a URL ({name[:120]}), and nothing is fetched here; download the pictures "
                 f"first (img2dataset does it well) and name the files"
             )
+        text_of(name, where)
         if self.root is None:
             raise SampleError(f"{where}: the row names the picture {name!r}; say with --images which folder holds it")
         inside = name.removeprefix(self.prefix)

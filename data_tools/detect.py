@@ -116,6 +116,11 @@ def _turn_has(key: str, *inner: str) -> Callable[[Rows], bool]:
     return fits
 
 
+def _conversations(*inner: str) -> Callable[[Rows], bool]:
+    """All rows have a list of turns with these fields, under one of the names that there are for it."""
+    return lambda rows: any(_turn_has(key, *inner)(rows) for key in ("messages", "conversations", "conversation"))
+
+
 def _is_prompted(rows: Rows) -> bool:
     return _turn_has("prompt", "role")(rows) and _all("completion")(rows)
 
@@ -125,14 +130,27 @@ def _has_marker(rows: Rows) -> bool:
 
 
 def _shows_pictures(rows: Rows) -> bool:
-    turns = _turn_has("conversations", "from", "value")(rows) or all(
-        isinstance(row.get("conversations"), str) for row in rows
-    )
-    return turns and any(row.get("image") or "<image>" in str(row["conversations"]) for row in rows)
+    return _is_turns(rows) and any(row.get("image") or "<image>" in str(row["conversations"]) for row in rows)
+
+
+def _is_turns(rows: Rows) -> bool:
+    """LLaVA's turns, also with the names of OpenAI, also stored as a string."""
+    kinds = (_turn_has("conversations", "from", "value"), _turn_has("conversations", "role", "content"))
+    return any(fits(rows) for fits in kinds) or all(isinstance(row.get("conversations"), str) for row in rows)
 
 
 def _shows_videos(rows: Rows) -> bool:
     return any(row.get("video") or row.get("videos") for row in rows)
+
+
+def _holds(key: str, *inner: str) -> Callable[[Rows], bool]:
+    """All rows have an object under `key` with these fields."""
+
+    def fits(rows: Rows) -> bool:
+        found = [row.get(key) for row in rows]
+        return all(isinstance(item, dict) and set(inner) <= item.keys() for item in found)
+
+    return fits
 
 
 def _texts(key: str) -> Callable[[Rows], bool]:
@@ -154,7 +172,9 @@ RULES: dict[str, Callable[[Rows], bool]] = {
     "qwen-vl": lambda rows: _shows_pictures(rows) and any("data_path" in row for row in rows),
     "llava": _shows_pictures,
     "sharegpt": lambda rows: (
-        _turn_has("conversations", "from", "value")(rows) or _turn_has("conversation", "human", "assistant")(rows)
+        _turn_has("conversation", "human", "assistant")(rows)
+        or _conversations("from", "value")(rows)
+        or (_is_turns(rows) and not _conversations("role")(rows))
     ),
     "lima": _texts("conversations"),
     "ultrachat": _texts("data"),
@@ -164,10 +184,10 @@ RULES: dict[str, Callable[[Rows], bool]] = {
         and (_turn_has("messages", "role")(rows) or _is_prompted(rows))
         and "<image>" not in str(rows)
     ),
-    "messages": lambda rows: _turn_has("messages", "role")(rows) or _is_prompted(rows),
+    "messages": lambda rows: _conversations("role")(rows) or _is_prompted(rows),
     "mmc4": _all("text_list", "image_info"),
     "obelics": _all("images", "texts"),
-    "oasst": lambda rows: _all("message_id", "parent_id")(rows) or (_all("prompt")(rows) and "replies" in str(rows[0])),
+    "oasst": lambda rows: _all("message_id", "parent_id")(rows) or _holds("prompt", "replies")(rows),
     "delimited": _marked_chat,
     "visual-genome": lambda rows: _all("regions")(rows) or _all("qas")(rows),
     "a-okvqa": _all("choices", "direct_answers"),

@@ -18,7 +18,7 @@ from data_tools.formats import FORMATS
 from mmit.config import ConfigError
 from mmit.data.shard_index import UNFINISHED
 
-VERSION = 1
+VERSION = 2
 """Raised when the same input and options give other samples than before, so that caches are made anew."""
 
 OnMissing = Literal["error", "drop", "text-only"]

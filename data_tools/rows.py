@@ -11,8 +11,10 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,8 @@ from mmit.config import ConfigError
 from mmit.data.sample import Sample, SampleError
 
 CHUNK = 1 << 20
+LONGEST_ROW = 1 << 26
+"""Of a line that is looked at to tell JSONL in a file named .json."""
 csv.field_size_limit(1 << 27)
 
 
@@ -75,7 +79,11 @@ class Placed(Sample):
 
 
 def each(rows: Iterable[Row | Rejected], sample_of: Callable[[Row], Sample]) -> Iterator[Sample | Rejected]:
-    """A sample for every row; a row of which `sample_of` raises `SampleError` is rejected with that reason."""
+    """A sample for every row; a row of which `sample_of` raises `SampleError` is rejected with that reason.
+
+    So is one in which something is of another type than the format has it: files of strangers hold a number where a
+    list belongs, and one such row must not cost the others.
+    """
     for row in rows:
         if isinstance(row, Rejected):
             yield row
@@ -85,28 +93,57 @@ def each(rows: Iterable[Row | Rejected], sample_of: Callable[[Row], Sample]) -> 
         except SampleError as error:
             yield Rejected(row.file, row.number, row.name, str(error))
             continue
+        except ConfigError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found = f"{type(error).__name__}: {str(error)[:100]}"
+            reason = f"{row.where}: a field is not what this format has there ({found})"
+            yield Rejected(row.file, row.number, row.name, reason)
+            continue
         yield Placed(
             made.key, made.source, made.messages, made.images, made.meta, row.file, row.number, row.name, row.where
         )
 
 
 def records(path: Path) -> Iterator[Row | Rejected]:
-    """The records of a JSON, JSONL, CSV, TSV or parquet file, or of a folder of one kind of these."""
-    names = {path.name} if path.is_file() else {file.name for file in path.rglob("*")}
-    if any(re.search(r"\.(csv|tsv|parquet)(\.gz)?$", name) for name in names):
-        return table_rows(path)
-    return json_rows(path)
+    """The records of a JSON, JSONL, CSV, TSV or parquet file, or of all files of one of these kinds in a folder."""
+    if path.is_dir():
+        yield from _folder_rows(path)
+    elif re.search(r"\.(csv|tsv|parquet)(\.gz)?$", path.name):
+        yield from table_rows(path)
+    else:
+        yield from json_rows(path)
+
+
+KINDS = {
+    "JSON": re.compile(r"\.(json|jsonl|ndjson)(\.gz)?$"),
+    "CSV": re.compile(r"\.(csv|tsv)(\.gz)?$"),
+    "parquet": re.compile(r"\.parquet$"),
+}
+
+
+def _folder_rows(folder: Path) -> Iterator[Row | Rejected]:
+    names = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    found = {kind: [file for file in names if ending.search(file.name)] for kind, ending in KINDS.items()}
+    held = [kind for kind, files in found.items() if files]
+    if len(held) != 1:
+        seen = f"holds files of several kinds ({', '.join(held)})" if held else "holds no JSON, CSV or parquet file"
+        raise ConfigError(f"{folder}: the folder {seen}; name the file, or the folder of those that are the rows")
+    for file in found[held[0]]:
+        below = file.parent.relative_to(folder).as_posix()
+        for row in records(file):
+            yield row if below == "." else _named_below(row, below)
+
+
+def _named_below(row: Row | Rejected, folder: str) -> Row | Rejected:
+    """Files of one name in several folders are told apart."""
+    if isinstance(row, Rejected):
+        return replace(row, file=f"{folder}/{row.file}", reason=f"{folder}/{row.reason}")
+    return replace(row, file=f"{folder}/{row.file}", where=f"{folder}/{row.where}")
 
 
 def json_rows(path: Path) -> Iterator[Row | Rejected]:
-    """The records of a JSON list, a JSONL file or a folder of either, `.gz` or not, never all in memory."""
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if re.search(r"\.(json|jsonl|ndjson)(\.gz)?$", file.name)]
-        if not files:
-            raise ConfigError(f"{path}: the folder holds no .json or .jsonl file; name the file itself")
-        for file in files:
-            yield from json_rows(file)
-        return
+    """The records of a JSON list or a JSONL file, `.gz` or not, never all in memory."""
     match json_shape(path):
         case "lines":
             yield from _lines(path)
@@ -117,23 +154,27 @@ def json_rows(path: Path) -> Iterator[Row | Rejected]:
 
 
 def json_shape(path: Path) -> str:
-    """`lines` (JSONL), `list` or `object`, told from the name and the first bytes."""
+    """`lines` (JSONL), `list` or `object`, told from the name and the first line."""
     with opened(path) as stream:
-        head = stream.read(CHUNK)
-    text = head.lstrip(b"\xef\xbb\xbf").lstrip()
+        head = stream.readline(LONGEST_ROW)
+        while head and not head.lstrip(b"\xef\xbb\xbf").strip():
+            head = stream.readline(LONGEST_ROW)
+        more = any(line.strip() for line in iter(lambda: stream.readline(CHUNK), b""))
+    text = head.lstrip(b"\xef\xbb\xbf").strip()
     if not text:
         raise ConfigError(f"{path}: the file is empty; name a file that holds at least one row")
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path}: this is UTF-16 text; save it as UTF-8")
     if re.search(r"\.(jsonl|ndjson)(\.gz)?$", path.name):
         return "lines"
     if text.startswith(b"["):
         return "list"
     if not text.startswith(b"{"):
         raise ConfigError(f"{path}: this is not JSON (it begins with {text[:20]!r}); name a .json or .jsonl file")
-    first, newline, rest = text.partition(b"\n")
-    if newline and rest.strip():
+    if more:
         try:
-            json.loads(first)
-        except ValueError:
+            json.loads(text)
+        except (ValueError, RecursionError):
             return "object"
         return "lines"
     return "object"
@@ -144,20 +185,55 @@ def json_document(path: Path) -> Any:
     with opened(path) as stream:
         try:
             return json.load(stream)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(f"{path}: not valid JSON ({error}); the file may be cut, fetch it again") from None
 
 
-def opened(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked when it is named `.gz`."""
+def listed(path: Path, document: Any, name: str) -> list[Mapping[str, Any]]:
+    """The list of objects that a whole JSON file holds under a name."""
+    found = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise SampleError(f"{path}: it has no list of objects called {name}; is it another file of the set?")
+    return found
+
+
+def text_beside(file: Path, root: Path, where: str) -> str:
+    """The text of a file below the folder; refuses what a link leads to outside of it."""
+    if not file.resolve().is_relative_to(root):
+        raise SampleError(f"{where}: {file.name} is a link that leads out of the folder; copy the file into it")
     try:
-        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SampleError(f"{where}: {file.name} is not UTF-8; save it again as UTF-8") from None
+    except FileNotFoundError:
+        raise SampleError(f"{where}: there is no {file.name} beside it") from None
+    except OSError as error:
+        raise SampleError(f"{where}: cannot read {file.name} ({error.strerror})") from None
+
+
+def by_number(items: list[Mapping[str, Any]], key: str) -> dict[str | int, Mapping[str, Any]]:
+    """The objects by what they call themselves under `key`; those without such a name are left to be missed."""
+    return {item[key]: item for item in items if isinstance(item.get(key), str | int)}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked when it is named `.gz`."""
+    if path.suffix in (".zst", ".bz2", ".xz", ".zip", ".7z"):
+        raise ConfigError(f"{path}: files packed as {path.suffix} are not read (only .gz is); unpack it first")
+    try:
+        stream: Any = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path (relative ones start in {Path.cwd()})") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: this is a folder; name the file inside it") from None
     except PermissionError:
         raise ConfigError(f"{path}: not allowed to read it; check its permissions") from None
+    with stream:
+        try:
+            yield stream
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise SampleError(f"{path}: the gzip file is cut or damaged ({error}); fetch it again") from None
 
 
 def _lines(path: Path) -> Iterator[Row | Rejected]:
@@ -223,10 +299,18 @@ def _list(path: Path, *, members: bool = False) -> Iterator[Row]:
                         raise broken(f"not valid JSON ({error})") from None
                 more()
 
+        def ends() -> None:
+            """Lists written one after the other would else lose all but the first."""
+            nonlocal position
+            position += 1
+            if skip_space():
+                raise broken(f"more stands after the closing {closing}: write one list, or one value a line as .jsonl")
+
         if skip_space() != opening:
             raise broken(f"this is not JSON that begins with {opening}")
         position += 1
         if skip_space() == closing:
+            ends()
             return
         while True:
             number += 1
@@ -239,53 +323,55 @@ def _list(path: Path, *, members: bool = False) -> Iterator[Row]:
             yield row_at(path, number, record, lines=False)
             following = skip_space()
             if following == closing:
+                ends()
                 return
             if following != ",":
                 raise broken(f"expected ',' or {closing!r} after the row, found {following!r}")
             position += 1
 
 
-def table_rows(path: Path, *, delimiter: str | None = None) -> Iterator[Row | Rejected]:
-    """The rows of a CSV or TSV file with a header line, or of a parquet file (or a folder of them), as dicts."""
-    if path.is_dir() or path.suffix == ".parquet":
+def table_rows(path: Path) -> Iterator[Row | Rejected]:
+    """The rows of a CSV or TSV file with a header line, or of a parquet file, as dicts."""
+    if path.suffix == ".parquet":
         yield from parquet_rows(path)
         return
-    separator = delimiter or ("\t" if ".tsv" in path.suffixes else ",")
+    separator = "\t" if ".tsv" in path.suffixes else ","
+    number = -1
     with opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, delimiter=separator, strict=True)
-        number = -1
         try:
+            reader = csv.DictReader(text, delimiter=separator, strict=True)
+            names = reader.fieldnames or ()
+            if len(set(names)) < len(names):
+                raise ConfigError(f"{path}: two columns of the header have one name ({', '.join(names)}); rename one")
             for number, record in enumerate(reader):
                 if None in record or None in record.values():
-                    reason = f"{path.name}[{number}]: not the {len(reader.fieldnames or ())} columns of the header"
+                    reason = f"{path.name}[{number}]: not the {len(names)} columns of the header"
                     yield Rejected(path.name, number, "", f"{reason}; quote fields with {separator!r}")
                     continue
                 yield row_at(path, number, record, lines=False)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            raise SampleError(f"{path.name}[{number + 1}]: not UTF-8 from here on; save the table as UTF-8") from None
+        except csv.Error as error:
             raise SampleError(f"{path.name}[{number + 1}]: not readable as CSV ({error}); check its quotes") from None
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of one parquet file, or of all those of a folder in the order of their names, a batch at a time."""
+    """The rows of a parquet file, a batch at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise ConfigError(f"{path}: the folder holds no .parquet file")
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as table:
-                number = 0
-                for batch in table.iter_batches(batch_size=64):
-                    for record in batch.to_pylist():
-                        yield row_at(file, number, record, lines=False)
-                        number += 1
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: no such file; check the path") from None
-        except pa.ArrowException as error:
-            reason = str(error).splitlines()[0]
-            raise SampleError(f"{file}: not readable as parquet ({reason}); fetch it again") from None
+    try:
+        with pq.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=64):
+                for record in batch.to_pylist():
+                    yield row_at(path, number, record, lines=False)
+                    number += 1
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check the path") from None
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise SampleError(f"{path}: not readable as parquet ({reason}); fetch it again") from None
 
 
 def field(row: Row, *names: str) -> Any:

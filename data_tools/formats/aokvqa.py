@@ -8,8 +8,7 @@ from typing import Literal
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, records, text_field
-from data_tools.turns import asked_about, most_common, text_of
-from mmit.config import ConfigError
+from data_tools.turns import asked_about, most_common, named_by, text_of
 from mmit.data.sample import Sample, SampleError
 
 
@@ -25,8 +24,6 @@ def samples(
     """`answer`: the most frequent direct answer, the right one of the choices (told in the question), or the first
     rationale and then the right choice."""
     album = Album(images)
-    if answer not in ("direct", "choice", "rationale"):
-        raise ConfigError(f"a-okvqa: answer {answer!r} is unknown; write direct, choice or rationale")
 
     def sample(row: Row) -> Sample:
         question = text_field(row, "question")
@@ -39,10 +36,10 @@ def samples(
             question = f"{question}\nOptions: {', '.join(choices)}"
             said = text_of(choices[right], row.where)
             if answer == "rationale":
-                said = f"{field(row, 'rationales')[0]}\nThe answer is {said}."
+                said = f"{text_of(field(row, 'rationales')[0], row.where)}\nThe answer is {said}."
         shown = fields(row).get("image")
         image_id = int(field(row, "image_id")) if shown is None else None
-        picture = album.picture(shown if shown is not None else image_name.format(image_id=image_id), row.where)
+        picture = album.picture(shown if shown is not None else named_by(image_name, image_id=image_id), row.where)
         meta = {key: fields(row)[key] for key in ("question_id", "image_id", "split") if key in fields(row)}
         return asked_about([picture], [(question, said)], where=row.where, strip=strip, prompt=prompt, meta=meta)
 

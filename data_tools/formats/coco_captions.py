@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each, fields, json_document, json_shape, records, row_at, text_field
-from data_tools.turns import asked_about, text_of
-from mmit.config import ConfigError
+from data_tools.rows import (
+    Rejected,
+    Row,
+    by_number,
+    each,
+    fields,
+    json_document,
+    json_shape,
+    listed,
+    records,
+    row_at,
+    text_field,
+)
+from data_tools.turns import asked_about
 from mmit.data.sample import Sample, SampleError
 
 
@@ -26,10 +37,10 @@ def samples(
     captions: Literal["each", "first"] = "each",
 ) -> Iterator[Sample | Rejected]:
     album = Album(images, prefix=image_prefix)
-    if captions not in ("each", "first"):
-        raise ConfigError(f"coco-captions: captions {captions!r} is unknown; write each or first")
 
     def sample(row: Row) -> Sample:
+        if "image_id" in fields(row) and "file_name" in fields(row) and fields(row)["file_name"] is None:
+            raise SampleError(f"{row.where}: no picture of the file has the id {fields(row)['image_id']!r}")
         picture = album.picture(text_field(row, "file_name", "image"), row.where)
         meta = {key: fields(row)[key] for key in ("image_id", "id") if isinstance(fields(row).get(key), str | int)}
         return asked_about(
@@ -47,11 +58,12 @@ def samples(
 
 def _joined(path: Path) -> Iterator[Row]:
     record = json_document(path)
-    if not isinstance(record, dict) or "images" not in record or "annotations" not in record:
-        raise SampleError(f"{path}: no COCO captions; the file needs images and annotations")
-    names: dict[Any, str] = {image["id"]: image["file_name"] for image in record["images"]}
-    for number, item in enumerate(record["annotations"]):
-        yield row_at(path, number, item | {"file_name": names.get(item.get("image_id"))}, lines=False)
+    images, annotations = (listed(path, record, name) for name in ("images", "annotations"))
+    named = by_number(images, "id")
+    for number, item in enumerate(annotations):
+        image_id = item.get("image_id")
+        picture = named.get(image_id, {}) if isinstance(image_id, str | int) else {}
+        yield row_at(path, number, {**item, "file_name": picture.get("file_name")}, lines=False)
 
 
 def _listed(path: Path) -> Iterator[Row | Rejected]:
@@ -60,9 +72,10 @@ def _listed(path: Path) -> Iterator[Row | Rejected]:
         if isinstance(row, Rejected) or not isinstance(row.record, dict) or "captions" not in row.record:
             yield row
             continue
-        for caption in row.record["captions"]:
-            kept = {key: row.record[key] for key in ("id", "image", "file_name") if key in row.record}
-            yield Row(row.file, row.number, row.where, kept | {"caption": text_of(caption, row.where)})
+        captions = row.record["captions"]
+        kept = {key: row.record[key] for key in ("id", "image", "file_name") if key in row.record}
+        for caption in captions if isinstance(captions, list) and captions else [None]:
+            yield Row(row.file, row.number, row.where, kept | {"caption": caption})
 
 
 def _first(rows: Iterator[Row | Rejected]) -> Iterator[Row | Rejected]:

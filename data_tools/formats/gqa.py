@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, member_rows, text_field
-from data_tools.turns import asked_about
+from data_tools.turns import asked_about, named_by
 from mmit.data.sample import Sample
 
 
@@ -26,7 +26,7 @@ def samples(
 
     def sample(row: Row) -> Sample:
         image_id = field(row, "imageId")
-        picture = album.picture(image_name.format(image_id=image_id), row.where)
+        picture = album.picture(named_by(image_name, image_id=image_id), row.where)
         pairs = [(text_field(row, "question"), text_field(row, "fullAnswer" if full else "answer"))]
         meta = {"question_id": fields(row)["key"], "image_id": image_id}
         return asked_about([picture], pairs, where=row.where, strip=strip, prompt=prompt, meta=meta)

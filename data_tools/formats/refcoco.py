@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each, fields, json_document, records
+from data_tools.rows import Rejected, Row, by_number, each, fields, json_document, listed, records
 from data_tools.turns import asked_about, box, text_of
-from mmit.config import ConfigError
 from mmit.data.sample import Part, Sample, SampleError, TextPart
 
 
@@ -31,14 +30,15 @@ def samples(
 ) -> Iterator[Sample | Rejected]:
     """`instances`: COCO's instances file, when the rows hold no box. `split`: only refs of this split."""
     album = Album(images, prefix=image_prefix)
-    if ask not in ("locate", "describe") or boxes not in ("xywh", "corners"):
-        raise ConfigError("refcoco: ask is locate or describe, boxes is xywh or corners")
     known: dict[Any, Any] = {}
-    names: dict[Any, str] = {}
+    names: dict[Any, Any] = {}
     if instances:
-        described = json_document(Path(instances))
-        known = {item["id"]: item["bbox"] for item in described["annotations"]}
-        names = {item["id"]: item["file_name"] for item in described.get("images", [])}
+        file, described = Path(instances), json_document(Path(instances))
+        known = {
+            name: item.get("bbox") for name, item in by_number(listed(file, described, "annotations"), "id").items()
+        }
+        pictures = listed(file, described, "images") if "images" in described else []
+        names = {name: item.get("file_name") for name, item in by_number(pictures, "id").items()}
 
     def sample(row: Row) -> Sample:
         record = fields(row)
@@ -61,9 +61,11 @@ def samples(
         return asked_about([album.picture(name, row.where)], pairs, where=row.where, strip=strip, meta=meta)
 
     rows = records(path)
-    return each(
-        (r for r in rows if not split or not isinstance(r, Row) or fields(r).get("split") in (split, None)), sample
-    )
+    return each((r for r in rows if not split or _split_of(r) in (split, None)), sample)
+
+
+def _split_of(row: Row | Rejected) -> Any:
+    return row.record.get("split") if isinstance(row, Row) and isinstance(row.record, dict) else None
 
 
 def _sentences(record: Any, where: str) -> list[str]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each, field, fields, json_document, row_at, text_field
-from data_tools.turns import asked_about, most_common
-from mmit.data.sample import Sample, SampleError
+from data_tools.rows import Rejected, Row, each, field, fields, json_document, listed, row_at, text_field
+from data_tools.turns import asked_about, most_common, named_by
+from mmit.data.sample import Sample
 
 
 def samples(
@@ -21,13 +21,11 @@ def samples(
     image_name: str = "{image_id}.jpg",
 ) -> Iterator[Sample | Rejected]:
     album = Album(images)
-    record = json_document(path)
-    if not isinstance(record, dict) or not isinstance(record.get("data"), list):
-        raise SampleError(f"{path}: no TextVQA file; it needs a list named data")
+    questions = listed(path, json_document(path), "data")
 
     def sample(row: Row) -> Sample:
         image_id = field(row, "image_id")
-        picture = album.picture(image_name.format(image_id=image_id), row.where)
+        picture = album.picture(named_by(image_name, image_id=image_id), row.where)
         if "caption_str" in fields(row):
             pairs = [("Describe the image, with the text in it.", text_field(row, "caption_str"))]
         else:
@@ -35,4 +33,4 @@ def samples(
         meta = {key: fields(row)[key] for key in ("question_id", "image_id", "caption_id") if key in fields(row)}
         return asked_about([picture], pairs, where=row.where, strip=strip, prompt=prompt, meta=meta)
 
-    return each((row_at(path, n, item, lines=False) for n, item in enumerate(record["data"])), sample)
+    return each((row_at(path, n, item, lines=False) for n, item in enumerate(questions)), sample)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each, fields, json_rows
+from data_tools.rows import Rejected, Row, each, fields, records
 from data_tools.turns import asked_about, box, text_of
-from mmit.config import ConfigError
 from mmit.data.sample import Part, Sample, SampleError, TextPart
 
 PLACES = ("VG_100K/", "VG_100K_2/", "")
@@ -29,8 +28,6 @@ def samples(
 ) -> Iterator[Sample | Rejected]:
     """`ask`: what stands at a box, or the box of a phrase. `most`: how many regions of a picture (default: all)."""
     album = Album(images)
-    if ask not in ("describe", "locate"):
-        raise ConfigError(f"visual-genome: ask {ask!r} is unknown; write describe or locate")
 
     def sample(row: Row) -> Sample:
         record = fields(row)
@@ -44,7 +41,7 @@ def samples(
         picture = album.picture(place + name, row.where)
         return asked_about([picture], pairs, where=row.where, strip=strip, meta={"image_id": number})
 
-    return each(json_rows(path), sample)
+    return each(records(path), sample)
 
 
 def _pair(item: Any, ask: str, where: str) -> tuple[str | list[Part], str | list[Part]]:

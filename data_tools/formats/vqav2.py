@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each, field, json_document, row_at, text_field
-from data_tools.turns import asked_about, most_common
+from data_tools.rows import Rejected, Row, by_number, each, field, json_document, listed, row_at, text_field
+from data_tools.turns import asked_about, most_common, named_by
 from mmit.config import ConfigError
 from mmit.data.sample import Sample, SampleError
 
@@ -27,11 +26,11 @@ def samples(
     album = Album(images)
     if not Path(annotations).is_file():
         raise ConfigError(f"{annotations}: no such file; --set annotations=FILE names the answers to these questions")
-    questions = json_document(path)
-    if not isinstance(questions, dict) or "questions" not in questions:
-        raise SampleError(f"{path}: no VQA questions; the file needs a list named questions")
-    answers: dict[Any, Any] = {item["question_id"]: item for item in json_document(Path(annotations))["annotations"]}
-    subtype = questions.get("data_subtype", "")
+    document = json_document(path)
+    questions = listed(path, document, "questions")
+    found_answers = listed(Path(annotations), json_document(Path(annotations)), "annotations")
+    answers = by_number(found_answers, "question_id")
+    subtype = document.get("data_subtype", "")
 
     def sample(row: Row) -> Sample:
         number = field(row, "question_id")
@@ -42,9 +41,9 @@ def samples(
         if answer is None:
             answer = most_common(found["answers"], row.where)
         image_id = int(field(row, "image_id"))
-        picture = album.picture(image_name.format(image_id=image_id, subtype=subtype), row.where)
+        picture = album.picture(named_by(image_name, image_id=image_id, subtype=subtype), row.where)
         pairs = [(text_field(row, "question"), answer)]
         meta = {"question_id": number, "image_id": image_id}
         return asked_about([picture], pairs, where=row.where, strip=strip, prompt=prompt, meta=meta)
 
-    return each((row_at(path, n, item, lines=False) for n, item in enumerate(questions["questions"])), sample)
+    return each((row_at(path, n, item, lines=False) for n, item in enumerate(questions)), sample)
