@@ -9,7 +9,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from mmit.config import ConfigError
 from mmit.data.sample import Sample
@@ -123,6 +125,7 @@ def options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     }
     known = {key: default for key, default in known.items() if key not in ("path", "images")}
     given = dict(FORMATS[name].given or {}) if name in FORMATS else {}
+    hints = get_type_hints(samples_function(name)) if name in FORMATS else {}
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -130,12 +133,20 @@ def options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"format {name}: unknown option {key!r}; {hint}It takes {', '.join(known) or 'no options'}"
             )
-        given[key] = value
+        given[key] = _checked(name, key, value, hints.get(key, Any))
     merged = {key: given.get(key, default) for key, default in known.items()}
     needed = [key for key, value in merged.items() if value is inspect.Parameter.empty]
     if needed:
         raise ConfigError(f"format {name}: option {needed[0]} is needed; write --set {needed[0]}=...")
     return merged
+
+
+def _checked(format: str, key: str, value: Any, kind: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Input ").lower()
+        raise ConfigError(f"format {format}: option {key} is {value!r}, and it {told}") from None
 
 
 def samples_of(name: str, path: Path, images: Path | None, options: Mapping[str, Any]) -> Iterator[Any]:
