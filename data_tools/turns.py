@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from mmit.config import ConfigError
@@ -38,21 +39,32 @@ ROLES: dict[str, Role] = {
 Markers = Literal["error", "text"]
 
 
+class Said(NamedTuple):
+    """A turn as most files have it: a text, in which there may be markers."""
+
+    role: Role
+    text: str
+    train: bool | None = None
+    """None: what the role calls for."""
+
+
 class Turn(NamedTuple):
     role: Role
     parts: Sequence[Part]
     train: bool | None = None
-    """None: what the role calls for."""
 
 
 def said(role: Role, text: str, train: bool | None = None) -> Turn:
     return Turn(role, [TextPart(text)], train)
 
 
-def role_of(name: Any, where: str) -> Role:
+def role_of(name: Any, where: str, named: Mapping[str, Role] | None = None) -> Role:
+    """`named`: what the data set itself calls its roles, besides the usual names."""
+    if named and isinstance(name, str) and name in named:
+        return named[name]
     if isinstance(name, str) and name.lower() in ROLES:
         return ROLES[name.lower()]
-    raise SampleError(f"{where}: role {name!r} is unknown; write one of {', '.join(ROLES)}")
+    raise SampleError(f"{where}: role {name!r} is unknown; write one of {', '.join([*(named or ()), *ROLES])}")
 
 
 def conversation_of(value: Any, where: str) -> list[Any]:
@@ -60,7 +72,7 @@ def conversation_of(value: Any, where: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 value = ast.literal_eval(value)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -75,8 +87,13 @@ def conversation_of(value: Any, where: str) -> list[Any]:
 
 
 def valued_turns(
-    value: Any, where: str, *, role: tuple[str, ...] = ("from", "role"), text: tuple[str, ...] = ("value", "content")
-) -> list[tuple[Role, str]]:
+    value: Any,
+    where: str,
+    *,
+    role: tuple[str, ...] = ("from", "role"),
+    text: tuple[str, ...] = ("value", "content"),
+    roles: Mapping[str, Role] | None = None,
+) -> list[Said]:
     """The turns of a conversation of objects with a role and a text, under the first of these names that is there."""
     turns = []
     for number, turn in enumerate(conversation_of(value, where)):
@@ -84,18 +101,91 @@ def valued_turns(
         if not isinstance(turn, dict):
             raise SampleError(f"{here}: expected an object with {role[0]} and {text[0]}, found {str(turn)[:60]!r}")
         named, said = (next((turn[key] for key in keys if key in turn), None) for keys in (role, text))
-        turns.append((role_of(named, here), text_of(said, here)))
+        ours = role_of(named, here, roles)
+        calls = called(turn, here)
+        content = "" if said is None and calls else text_of(said, here)
+        turns.append(Said(ours, "\n".join(piece for piece in (content, calls) if piece), trained(turn, ours, here)))
     return turns
 
 
-def with_tools(turns: list[tuple[Role, str]], tools: Any) -> list[tuple[Role, str]]:
-    """The turns with the list of tools at the end of the system message, where the model reads and never learns it."""
-    if not tools:
-        return turns
-    listed = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-    if turns and turns[0][0] == "system":
-        return [("system", f"{turns[0][1]}\n\n{listed}"), *turns[1:]]
-    return [("system", listed), *turns]
+def trained(turn: Mapping[str, Any], role: Role, where: str) -> bool | None:
+    """What a turn itself says about training: `loss`, `loss_scale` or `train`, or OpenAI's `weight`, of 0 or 1."""
+    for key in ("loss", "loss_scale", "train", "weight"):
+        value = turn.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise SampleError(f"{where}: {key} is {value!r}; only on and off are known, write 0 or 1")
+        return bool(value) if role == "assistant" or value else None
+    return None
+
+
+UNREAD = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")
+
+
+def called(turn: Mapping[str, Any], where: str) -> str:
+    """The calls of tools of a turn as the model writes them, one JSON object a line; refuses what it would lose."""
+    for key in UNREAD:
+        if turn.get(key):
+            raise SampleError(
+                f"{where}: the turn has {key}, which is not read here; write it into the content as the model is to "
+                f"write it, or take it out"
+            )
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+    if not isinstance(calls, list):
+        raise SampleError(f"{where}: tool_calls is a {type(calls).__name__}; write a list")
+    lines = []
+    for call in calls:
+        named = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(named, dict) or not isinstance(named.get("name"), str):
+            raise SampleError(f"{where}: a call of a tool needs name and arguments, found {str(call)[:60]!r}")
+        lines.append(call_of(named["name"], named.get("arguments")))
+    return "\n".join(lines)
+
+
+def call_of(name: str, arguments: Any) -> str:
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # arguments that are no JSON stay the text they are
+            arguments = json.loads(arguments)
+    return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+
+
+def told_first(turns: Sequence[Turn], where: str, *, system: Any = None, tools: Any = None) -> list[Turn]:
+    """The turns with a system text and a list of tools that stood beside them, where the model reads and never learns
+    them: the texts before a system message of the turns (unless that repeats them), the tools at its end."""
+    told: list[Part] = []
+    turns = list(turns)
+    own = list(turns.pop(0).parts) if turns and turns[0].role == "system" else []
+    if system and [TextPart(text_of(system, where))] != own:
+        told.append(TextPart(system))
+    for parts in (own, [TextPart(tools if isinstance(tools, str) else _as_json(tools))] if tools else []):
+        if parts:
+            told += [TextPart("\n\n"), *parts] if told else parts
+    return [Turn("system", told), *turns] if told else turns
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def refuse_unwanted(record: Mapping[str, Any], where: str, *keys: str) -> None:
+    """`SampleError` for an answer that people did not want, as sets for KTO hold them."""
+    for key in keys:
+        if record.get(key) is False:
+            raise SampleError(f"{where}: its {key} is false; an answer that is not wanted is nothing to learn")
+
+
+def refuse_media(record: Mapping[str, Any], where: str, *kinds: str) -> None:
+    """`SampleError` for a row that shows what this format does not read (`image`, `video`, `audio`)."""
+    remedy = {
+        "image": "convert such rows with a format that shows pictures, such as llamafactory, ms-swift or table",
+        "video": "convert such rows with the format video",
+        "audio": "mmit reads texts, pictures and videos: leave the row out",
+    }
+    for kind in kinds:
+        for key in (kind, f"{kind}s"):
+            if record.get(key):
+                raise SampleError(f"{where}: the row has {key}, which is not read here; {remedy[kind]}")
 
 
 def text_of(value: Any, where: str) -> str:
@@ -109,6 +199,14 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
+def pictures_named(record: Mapping[str, Any], where: str, *, kind: str = "image") -> list[Any]:
+    """The names under `images` or `image` (or those of another kind), whichever is filled."""
+    many, single = (names_of(record.get(key), where, field=key) for key in (f"{kind}s", kind))
+    if many and single and many != single:
+        raise SampleError(f"{where}: the row has both {kind} and {kind}s, and they differ; keep the one that is meant")
+    return many or single
+
+
 def names_of(value: Any, where: str, *, field: str = "image") -> list[Any]:
     """Picture names given as one, as a list, or not at all."""
     if value is None or value == "":
@@ -120,26 +218,22 @@ def names_of(value: Any, where: str, *, field: str = "image") -> list[Any]:
     raise SampleError(f"{where}: {field} is a {type(value).__name__}; write one name, a list of names, or leave it out")
 
 
-def count_markers(turns: Sequence[tuple[Role, str]], marker: str) -> int:
-    return sum(text.count(marker) for _, text in turns)
-
-
 def place_pictures(
-    turns: Sequence[tuple[Role, str]],
+    turns: Sequence[Said],
     count: int,
     where: str,
     *,
     marker: str = "<image>",
     unmarked: Literal["error", "first"] = "error",
     markers: Markers = "error",
-) -> list[list[Part]]:
-    """The parts of each turn, every marker that stands for one of the `count` pictures become an `ImagePart`.
+) -> list[Turn]:
+    """The turns in parts, every marker that stands for one of the `count` pictures become an `ImagePart`.
 
     A marker is a picture only if their number says so: all markers, or all those that the user wrote (an answer may
     speak of `<image>`). Everything else is a fault, unless an option says what it means.
     """
-    everywhere = count_markers(turns, marker)
-    asked = sum(text.count(marker) for role, text in turns if role != "assistant")
+    everywhere = sum(turn.text.count(marker) for turn in turns)
+    asked = sum(turn.text.count(marker) for turn in turns if turn.role != "assistant")
     if everywhere == count:
         holders = {"system", "user", "assistant", "tool"}
     elif asked == count:
@@ -156,7 +250,7 @@ def place_pictures(
         }.get((count == 0, everywhere == 0), f"write one {marker} for each picture, no more and no fewer")
         raise SampleError(f"{where}: {count} pictures but {everywhere} {marker} markers; {remedy}")
     placed, number = [], 0
-    for role, text in turns:
+    for role, text, train in turns:
         parts: list[Part] = []
         pieces = text.split(marker) if role in holders else [text]
         for index, piece in enumerate(pieces):
@@ -165,17 +259,23 @@ def place_pictures(
                 number += 1
             if piece:
                 parts.append(TextPart(piece))
-        placed.append(parts)
+        placed.append(Turn(role, parts, train))
     return placed
 
 
-def _at_first_user(turns: Sequence[tuple[Role, str]], count: int, where: str) -> list[list[Part]]:
-    placed: list[list[Part]] = [[TextPart(text)] if text else [] for _, text in turns]
-    for parts, (role, _) in zip(placed, turns, strict=True):
-        if role == "user":
-            parts[:0] = [ImagePart(number) for number in range(count)]
-            return placed
-    raise SampleError(f"{where}: {count} pictures but no user turn to put them in; add the question they belong to")
+def _at_first_user(turns: Sequence[Said], count: int, where: str) -> list[Turn]:
+    placed = [Turn(role, [TextPart(text)] if text else [], train) for role, text, train in turns]
+    return first_shown(placed, [ImagePart(number) for number in range(count)], where)
+
+
+def first_shown(turns: Sequence[Turn], pictures: Sequence[Part], where: str) -> list[Turn]:
+    """The turns with these pictures before the first words of the user."""
+    for number, turn in enumerate(turns):
+        if turn.role == "user":
+            return [*turns[:number], turn._replace(parts=[*pictures, *turn.parts]), *turns[number + 1 :]]
+    raise SampleError(
+        f"{where}: {len(pictures)} pictures but no user turn to put them in; add the question they belong to"
+    )
 
 
 def pictures_first(parts: Sequence[Part]) -> list[Part]:
@@ -244,6 +344,15 @@ def box(image: int, left: float, top: float, right: float, bottom: float, where:
     if not (left <= right and top <= bottom):
         raise SampleError(f"{where}: the box [{left}, {top}, {right}, {bottom}] has its corners swapped")
     return BoxPart(image, left, top, right, bottom)
+
+
+def named_by(pattern: str, **values: Any) -> str:
+    """A file name from a pattern with `{image_id}` in it, as an option gives it."""
+    try:
+        return pattern.format(**values)
+    except (LookupError, ValueError) as error:
+        told = ", ".join(f"{{{name}}} is {value!r}" for name, value in values.items())
+        raise ConfigError(f"image_name {pattern!r} does not fit ({type(error).__name__}); {told}") from None
 
 
 def asked_about(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.rows import Rejected, Row, each, fields, records, text_field
-from data_tools.turns import Turn, said, sample_of, text_of
+from data_tools.turns import Turn, refuse_media, said, sample_of, text_of
 from mmit.data.sample import Sample, SampleError
 
 QUESTION = ("instruction", "problem", "prompt", "query")
@@ -25,10 +25,14 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
+        refuse_media(record, row.where, "image", "video", "audio")
         messages: list[Turn] = []
         if record.get("system"):
             messages.append(said("system", text_of(record["system"], row.where)))
-        for number, pair in enumerate(record.get("history") or []):
+        history = record.get("history") or []
+        if not isinstance(history, list):
+            raise SampleError(f"{row.where}: history is a {type(history).__name__}; write [[question, answer], ...]")
+        for number, pair in enumerate(history):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise SampleError(f"{row.where}: history {number} is not a [question, answer] pair: {str(pair)[:60]!r}")
             question, answer = (text_of(text, f"{row.where}: history {number}") for text in pair)

@@ -2,6 +2,8 @@
 
 INPUT is the folder (or the dataset_info.json itself), `dataset` the name in it. Picture names are relative to the
 folder unless --images says otherwise. Markers in texts must be as many as the row's images, as LLaMA-Factory demands.
+Of a ranking the chosen answer is learned and the rejected one kept in the sample's meta; rows whose `kto_tag` is false
+are rejected. All rows are read: `num_samples` is a matter of the run (`repeat`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,19 @@ from typing import Any
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, fields, json_document, records
-from data_tools.turns import ROLES, Turn, names_of, place_pictures, sample_of, text_of, with_tools
+from data_tools.turns import (
+    Said,
+    conversation_of,
+    names_of,
+    pictures_named,
+    place_pictures,
+    refuse_media,
+    refuse_unwanted,
+    sample_of,
+    text_of,
+    told_first,
+    valued_turns,
+)
 from mmit.config import ConfigError
 from mmit.data.sample import Role, Sample, SampleError
 
@@ -34,6 +48,9 @@ ROLE_OF_TAG: dict[str, Role] = {
 }
 
 
+DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+
+
 def samples(
     path: Path, images: Path | None = None, *, dataset: str = "", strip: bool = True, image_prefix: str = ""
 ) -> Iterator[Sample | Rejected]:
@@ -44,22 +61,25 @@ def samples(
     if not data.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{file}: {dataset} names {info['file_name']}, which lies outside of {folder}")
     album = Album(images if images is not None else folder, prefix=image_prefix)
-    columns: dict[str, str] = dict(info.get("columns") or {})
+    columns: dict[str, str] = {"messages": DEFAULTS["messages"], **info["columns"]} if "columns" in info else DEFAULTS
     tags = TAGS | dict(info.get("tags") or {})
-    sharegpt = info.get("formatting", "alpaca") in ("sharegpt", "openai")
+    read = _messages if info.get("formatting", "alpaca") in ("sharegpt", "openai") else _alpaca
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        for column in ("videos", "audios"):
-            if names_of(record.get(columns.get(column, "")), row.where):
-                raise SampleError(f"{row.where}: the row has {column}; only texts and images are read here")
-        turns = _messages(row, columns, tags) if sharegpt else _alpaca(row, columns)
-        turns = with_tools(turns, record.get(columns.get("tools", "")))
-        names = names_of(record.get(columns.get("images", "images" if sharegpt else "")), row.where)
-        placed = place_pictures(turns, len(names), row.where, markers="text")
+        found = {name: record.get(column) for name, column in columns.items()}
+        refuse_media(record, row.where, "video", "audio")
+        refuse_media(found, row.where, "video", "audio")
+        refuse_unwanted(found, row.where, "kto_tag")
+        turns = read(found, tags, row.where)
+        declared = "images" in columns
+        names = names_of(found["images"], row.where) if declared else pictures_named(record, row.where)
+        # A set without pictures may speak of <image>; in one with them, a lone marker is a picture that got lost.
+        placed = place_pictures(turns, len(names), row.where, markers="error" if declared else "text")
         return sample_of(
-            [Turn(role, parts) for (role, _), parts in zip(turns, placed, strict=True)],
+            told_first(placed, row.where, system=found.get("system"), tools=found.get("tools")),
             images=[album.picture(name, row.where) for name in names],
+            meta={"rejected": found["rejected"]} if found.get("rejected") else {},
             where=row.where,
             strip=strip,
         )
@@ -75,47 +95,33 @@ def _entry(described: Any, dataset: str, file: Path) -> Mapping[str, Any]:
         here = [name for name in local if (file.parent / str(described[name]["file_name"])).exists()]
         found = "names no data set of a local file" if dataset in described else "has no such data set"
         raise ConfigError(f"{file}: {found} {dataset!r}; write --set dataset=NAME, one of {', '.join(here or local)}")
-    return described[dataset]
+    info = described[dataset]
+    for key in ("columns", "tags"):
+        named = info.get(key, {})
+        if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
+            raise ConfigError(f"{file}: {key} of {dataset} is {str(named)[:60]!r}; it maps names to names of the rows")
+    return info
 
 
-def _messages(row: Row, columns: Mapping[str, str], tags: Mapping[str, str]) -> list[tuple[Role, str]]:
-    record = fields(row)
-    listed = record.get(columns.get("messages", "conversations"))
-    if not isinstance(listed, list) or not listed:
-        raise SampleError(f"{row.where}: {columns.get('messages', 'conversations')} is no list of turns")
-    roles: dict[str, Role] = {tags[tag]: role for tag, role in ROLE_OF_TAG.items()}
-    turns: list[tuple[Role, str]] = []
-    system = record.get(columns.get("system", ""))
-    if system:
-        turns.append(("system", text_of(system, row.where)))
-    chosen = record.get(columns.get("chosen", ""))
-    for number, turn in enumerate([*listed, chosen] if isinstance(chosen, dict) else listed):
-        here = f"{row.where}: turn {number}"
-        if not isinstance(turn, dict):
-            raise SampleError(f"{here}: expected an object, found {str(turn)[:60]!r}")
-        name = turn.get(tags["role_tag"])
-        role = roles.get(str(name)) or ROLES.get(str(name))
-        if role is None:
-            raise SampleError(f"{here}: {tags['role_tag']} is {name!r}; dataset_info.json tags {', '.join(roles)}")
-        if not (role == "system" and turns and turns[0][0] == "system"):
-            turns.append((role, text_of(turn.get(tags["content_tag"]), here)))
-    return turns
+def _messages(found: Mapping[str, Any], tags: Mapping[str, str], where: str) -> list[Said]:
+    listed = conversation_of(found["messages"], where)
+    chosen = found.get("chosen")
+    return valued_turns(
+        [*listed, chosen] if chosen else listed,
+        where,
+        role=(tags["role_tag"],),
+        text=(tags["content_tag"],),
+        roles={str(tags[tag]): role for tag, role in ROLE_OF_TAG.items()},
+    )
 
 
-def _alpaca(row: Row, columns: Mapping[str, str]) -> list[tuple[Role, str]]:
-    record = fields(row)
-
-    def column(name: str, default: str) -> Any:
-        return record.get(columns.get(name, default))
-
-    turns: list[tuple[Role, str]] = []
-    if record.get(columns.get("system", "")):
-        turns.append(("system", text_of(record[columns["system"]], row.where)))
-    for question, reply in record.get(columns.get("history", "")) or []:
-        turns.append(("user", text_of(question, row.where)))
-        turns.append(("assistant", text_of(reply, row.where)))
-    asked = [column("prompt", "instruction"), column("query", "input")]
-    answer = column("chosen", "chosen") if "chosen" in columns else column("response", "output")
-    turns.append(("user", "\n".join(text_of(text, row.where) for text in asked if text)))
-    turns.append(("assistant", text_of(answer, row.where)))
-    return turns
+def _alpaca(found: Mapping[str, Any], tags: Mapping[str, str], where: str) -> list[Said]:
+    del tags  # of conversations
+    turns: list[Said] = []
+    for question, reply in found.get("history") or []:
+        turns += [Said("user", text_of(question, where)), Said("assistant", text_of(reply, where))]
+    asked = [text_of(found[name], where) for name in ("prompt", "query") if found.get(name)]
+    answer = found.get("chosen") if found.get("chosen") is not None else found.get("response")
+    if answer is None:
+        raise SampleError(f"{where}: no answer in the columns that dataset_info.json names for it")
+    return [*turns, Said("user", "\n".join(asked)), Said("assistant", text_of(answer, where))]

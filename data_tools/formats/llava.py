@@ -14,14 +14,15 @@ from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, records
 from data_tools.turns import (
     Markers,
-    Turn,
-    names_of,
     pictures_first,
+    pictures_named,
     place_pictures,
+    refuse_media,
     sample_of,
+    told_first,
     valued_turns,
 )
-from mmit.data.sample import Sample, SampleError
+from mmit.data.sample import Sample
 
 
 def samples(
@@ -39,15 +40,14 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        if record.get("video"):
-            raise SampleError(f"{row.where}: the row shows a video; convert such rows with the format video")
+        refuse_media(record, row.where, "video", "audio")
         turns = valued_turns(field(row, "conversations", "conversation"), row.where)
-        names = names_of(record.get("image", record.get("images")), row.where)
+        names = pictures_named(record, row.where)
         placed = place_pictures(turns, len(names), row.where, unmarked=unmarked, markers=markers)
         if image_first:
-            placed = [pictures_first(parts) for parts in placed]
+            placed = [turn._replace(parts=pictures_first(turn.parts)) for turn in placed]
         return sample_of(
-            [Turn(role, parts) for (role, _), parts in zip(turns, placed, strict=True)],
+            told_first(placed, row.where, system=record.get("system"), tools=record.get("tools")),
             images=[album.picture(name, row.where) for name in names],
             meta={"id": record["id"]} if "id" in record else {},
             where=row.where,

@@ -7,16 +7,28 @@ place; then the row's `images` are used in order. Which texts hold markers is an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.album import Album, from_base64
 from data_tools.rows import Rejected, Row, each, fields, records
-from data_tools.turns import Turn, conversation_of, names_of, role_of, said, sample_of, text_of
+from data_tools.turns import (
+    Turn,
+    call_of,
+    called,
+    conversation_of,
+    first_shown,
+    pictures_named,
+    refuse_media,
+    refuse_unwanted,
+    role_of,
+    sample_of,
+    text_of,
+    told_first,
+    trained,
+)
 from mmit.data.sample import ImagePart, Part, Picture, Role, Sample, SampleError, TextPart
 
 PICTURE_TYPES = ("image", "image_url", "input_image", "img")
@@ -56,10 +68,12 @@ def parts_of_row(
     unmarked: Literal["error", "first"] = "error",
 ) -> tuple[list[Turn], list[Picture]]:
     """The turns of a row with its pictures in the order of their places."""
-    names = names_of(record.get("images", record.get("image")), where)
+    refuse_media(record, where, "video", "audio")
+    refuse_unwanted(record, where, "label")
+    names = pictures_named(record, where)
     reader = _Reader(album, where, names, marker, marked)
     turns = [reader.turn(item, number) for number, item in enumerate(_messages(record, where))]
-    turns = _system_first(record, turns, where)
+    turns = told_first(turns, where, system=record.get("system"), tools=record.get("tools") or record.get("functions"))
     if reader.used < len(names):
         if reader.used or unmarked == "error":
             raise SampleError(
@@ -67,7 +81,7 @@ def parts_of_row(
                 f"{f' or {marker}' if marker else ''}) for each, or set unmarked=first to put them before the first "
                 f"user turn"
             )
-        turns = _first_user(turns, reader.pictures_of(names), where)
+        turns = first_shown(turns, reader.pictures_of(names), where)
     return turns, reader.pictures
 
 
@@ -82,28 +96,6 @@ def _messages(record: Any, where: str) -> list[Any]:
             return [*asked, {"role": "assistant", "content": answered}]
         return [*asked, *conversation_of(answered, where)]
     raise SampleError(f"{where}: no messages and no prompt with completion; the row has {', '.join(map(str, record))}")
-
-
-def _system_first(record: Any, turns: list[Turn], where: str) -> list[Turn]:
-    """A system text and a list of tools beside the messages, put where the model reads and never learns them."""
-    extra = []
-    if record.get("system") and not (turns and turns[0].role == "system"):
-        extra.append(text_of(record["system"], where))
-    if record.get("tools"):
-        tools = record["tools"]
-        extra.append(tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False))
-    if not extra:
-        return turns
-    if turns and turns[0].role == "system":
-        return [Turn("system", [*turns[0].parts, TextPart("\n\n" + "\n\n".join(extra))]), *turns[1:]]
-    return [said("system", "\n\n".join(extra)), *turns]
-
-
-def _first_user(turns: list[Turn], parts: list[Part], where: str) -> list[Turn]:
-    for number, turn in enumerate(turns):
-        if turn.role == "user":
-            return [*turns[:number], Turn("user", [*parts, *turn.parts], turn.train), *turns[number + 1 :]]
-    raise SampleError(f"{where}: pictures but no user turn to put them in; add the question they belong to")
 
 
 @dataclass
@@ -132,8 +124,10 @@ class _Reader:
             parts = []
         else:
             parts = self.listed(content, here)
-        parts += _calls(item.get("tool_calls"), bool(parts), here)
-        return Turn(role, parts, _trained(item, role, here))
+        calls = called(item, here)
+        if calls:
+            parts.append(TextPart(f"\n{calls}" if parts else calls))
+        return Turn(role, parts, trained(item, role, here))
 
     def listed(self, content: Any, here: str) -> list[Part]:
         if not isinstance(content, list):
@@ -155,7 +149,7 @@ class _Reader:
             elif kind in PICTURE_TYPES:
                 parts.append(self.picture(item, place))
             elif kind == "tool_use":
-                parts.append(TextPart(_call(item.get("name"), item.get("input"))))
+                parts.append(TextPart(call_of(text_of(item.get("name"), place), item.get("input"))))
             elif kind == "tool_result":
                 parts += (
                     self.listed(item["content"], place)
@@ -219,35 +213,3 @@ class _Reader:
                 moved += [next(waiting)] if number else []
                 moved += [TextPart(piece)] if piece else []
         return moved
-
-
-def _trained(item: dict[str, Any], role: Role, here: str) -> bool | None:
-    """What the message itself says about training: `loss` or `train`, or OpenAI's `weight` of 0 or 1."""
-    for key in ("loss", "train", "weight"):
-        value = item.get(key)
-        if value is None:
-            continue
-        if value not in (0, 1):
-            raise SampleError(f"{here}: {key} is {value!r}; only on and off are known, write true or false")
-        return bool(value) if role == "assistant" or value else None
-    return None
-
-
-def _calls(calls: Any, after_text: bool, here: str) -> list[Part]:
-    """Calls of tools as the model writes them, one JSON object a line."""
-    if not calls:
-        return []
-    if not isinstance(calls, list):
-        raise SampleError(f"{here}: tool_calls is a {type(calls).__name__}; write a list")
-    lines = []
-    for call in calls:
-        called = call.get("function", call) if isinstance(call, dict) else {}
-        lines.append(_call(called.get("name"), called.get("arguments")))
-    return [TextPart(("\n" if after_text else "") + "\n".join(lines))]
-
-
-def _call(name: Any, arguments: Any) -> str:
-    if isinstance(arguments, str):
-        with suppress(ValueError):  # arguments that are no JSON stay the text they are
-            arguments = json.loads(arguments)
-    return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)

@@ -14,12 +14,28 @@ from typing import Any
 
 from data_tools.album import Album, Unread, read
 from data_tools.rows import Rejected, Row, each, fields, records
-from data_tools.turns import Turn, box, conversation_of, names_of, role_of, sample_of, text_of
+from data_tools.turns import (
+    Said,
+    Turn,
+    box,
+    conversation_of,
+    pictures_named,
+    refuse_media,
+    refuse_unwanted,
+    sample_of,
+    text_of,
+    told_first,
+    valued_turns,
+)
 from mmit.data.images import size_of
-from mmit.data.sample import BoxPart, ImagePart, Part, Role, Sample, SampleError, TextPart
+from mmit.data.sample import BoxPart, ImagePart, Part, Sample, SampleError, TextPart
 
 QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
-RESPONSE = ("response", "answer", "output", "targets", "target", "answers", "solution", "text", "completion", "content")
+RESPONSE = (
+    *("response", "answer", "output", "targets", "target", "answer_key", "answers", "solution"),
+    *("text", "completion", "content"),
+)
+MESSAGES = ("messages", "conversations", "conversation")
 MARKERS = re.compile(r"(<image>|<ref-object>|<bbox>)")
 
 
@@ -30,11 +46,10 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        for key in ("videos", "audios"):
-            if names_of(record.get(key), row.where):
-                raise SampleError(f"{row.where}: the row has {key}; only texts and images are read here")
+        refuse_media(record, row.where, "video", "audio")
+        refuse_unwanted(record, row.where, "label")
         said = _turns(record, row.where)
-        pictures = [album.picture(name, row.where) for name in names_of(record.get("images"), row.where)]
+        pictures = [album.picture(name, row.where) for name in pictures_named(record, row.where)]
         queue = {
             "<image>": [ImagePart(number) for number in range(len(pictures))],
             **_objects(record.get("objects"), pictures, row.where),
@@ -57,39 +72,38 @@ def samples(
         for marker, left in waiting.items():
             if left:
                 raise SampleError(f"{row.where}: {len(left)} of {len(queue[marker])} have no {marker} marker")
-        meta = {key: record[key] for key in ("id", "channel", "label") if isinstance(record.get(key), str | int)}
+        system = record.get("system") or record.get("system_prompt")
+        turns = told_first(turns, row.where, system=system, tools=record.get("tools"))
+        keys = ("id", "channel", "label", "rejected_response")
+        meta = {key: record[key] for key in keys if isinstance(record.get(key), str | int)}
         return sample_of(turns, images=pictures, meta=meta, where=row.where, strip=strip)
 
     return each(records(path), sample)
 
 
-def _turns(record: Mapping[str, Any], where: str) -> list[tuple[Role, str, bool | None]]:
-    turns: list[tuple[Role, str, bool | None]] = []
-    if record.get("system"):
-        turns.append(("system", text_of(record["system"], where), None))
-    if record.get("messages") is not None:
-        for number, item in enumerate(conversation_of(record["messages"], where)):
-            here = f"{where}: message {number}"
-            if not isinstance(item, dict):
-                raise SampleError(f"{here}: expected an object with role and content, found {str(item)[:60]!r}")
-            role = role_of(item.get("role"), here)
-            weight = item.get("loss", item.get("loss_scale"))
-            if weight not in (None, 0, 1):
-                raise SampleError(f"{here}: loss_scale {weight} is between off and on; write 0 or 1")
-            train = bool(weight) if weight is not None and role == "assistant" else None
-            turns.append((role, text_of(item.get("content"), here), train))
-        return turns
-    for question, reply in record.get("history") or []:
-        turns.append(("user", text_of(question, where), None))
-        turns.append(("assistant", text_of(reply, where), None))
-    asked = next((record[key] for key in QUERY if record.get(key) is not None), None)
-    answered = next((record[key] for key in RESPONSE if record.get(key) is not None), None)
-    if answered is None:
+def _turns(record: Mapping[str, Any], where: str) -> list[Said]:
+    listed = next((record[key] for key in MESSAGES if record.get(key) is not None), None)
+    if listed is not None:
+        return valued_turns(listed, where)
+    turns: list[Said] = []
+    for question, reply in conversation_of(record["history"], where) if record.get("history") else []:
+        turns += [Said("user", text_of(question, where)), Said("assistant", text_of(reply, where))]
+    asked = {key: text_of(record[key], where) for key in QUERY if record.get(key) is not None}
+    if asked.keys() == {"instruction", "input"}:
+        asked = {"query": "\n".join(text for text in (asked["instruction"], asked["input"]) if text)}
+    answers = {key: record[key] for key in RESPONSE if record.get(key) is not None}
+    if not answers:
         raise SampleError(f"{where}: no messages and no response; the row has {', '.join(record)}")
-    if asked is not None:
-        turns.append(("user", text_of(asked, where), None))
-    turns.append(("assistant", text_of(answered, where), None))
-    return turns
+    if asked:
+        turns.append(Said("user", _only(asked, "query", where)))
+    return [*turns, Said("assistant", text_of(_only(answers, "response", where), where))]
+
+
+def _only(found: Mapping[str, Any], name: str, where: str) -> Any:
+    """The value under the name itself, else under the one other name that the row has for it."""
+    if name not in found and len(found) > 1:
+        raise SampleError(f"{where}: {', '.join(found)} could each be the {name}; call the one that is meant so")
+    return found.get(name, next(iter(found.values())))
 
 
 def _objects(objects: Any, pictures: list[Unread], where: str) -> dict[str, list[Part]]:
@@ -99,6 +113,8 @@ def _objects(objects: Any, pictures: list[Unread], where: str) -> dict[str, list
         raise SampleError(f"{where}: objects is a {type(objects).__name__}; write {{ref: [...], bbox: [...]}}")
     boxes = objects.get("bbox") or []
     numbers = objects.get("image_id") or [0] * len(boxes)
+    if len(numbers) != len(boxes):
+        raise SampleError(f"{where}: {len(boxes)} boxes but {len(numbers)} numbers in image_id; write one for each")
     placed: list[Part] = [
         _box(value, number, objects.get("bbox_type", "real"), pictures, where)
         for value, number in zip(boxes, numbers, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.rows import Rejected, Row, each, field, fields, records
-from data_tools.turns import Turn, said, sample_of, text_of
+from data_tools.turns import Turn, refuse_media, said, sample_of, text_of
 from mmit.data.sample import Sample, SampleError
 
 PROMPTS = ("inputs_pretokenized", "prompt", "inputs", "question", "input", "source", "src", "text_in")
@@ -26,6 +26,7 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
+        refuse_media(record, row.where, "image", "video", "audio")
         if record.get("is_correct") is False:
             raise SampleError(f"{row.where}: is_correct is false; a wrong answer is nothing to learn")
         answer = field(row, *([target] if target else TARGETS))

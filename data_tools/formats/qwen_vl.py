@@ -11,8 +11,8 @@ from typing import Any
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, records, row_at
-from data_tools.turns import Turn, names_of, place_pictures, sample_of, valued_turns
-from mmit.data.sample import Sample, SampleError
+from data_tools.turns import pictures_named, place_pictures, refuse_media, sample_of, told_first, valued_turns
+from mmit.data.sample import Sample
 
 
 def samples(
@@ -22,13 +22,12 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        if record.get("video") or record.get("videos"):
-            raise SampleError(f"{row.where}: the row shows a video; convert such rows with the format video")
+        refuse_media(record, row.where, "video", "audio")
         turns = valued_turns(field(row, "conversations"), row.where)
-        names = [_below(record.get("data_path"), name) for name in names_of(record.get("image"), row.where)]
+        names = [_below(record.get("data_path"), name) for name in pictures_named(record, row.where)]
         placed = place_pictures(turns, len(names), row.where)
         return sample_of(
-            [Turn(role, parts) for (role, _), parts in zip(turns, placed, strict=True)],
+            told_first(placed, row.where, system=record.get("system")),
             images=[album.picture(name, row.where) for name in names],
             meta={"id": record["id"]} if isinstance(record.get("id"), str | int) else {},
             where=row.where,
@@ -40,7 +39,7 @@ def samples(
 
 def _unpacked(rows: Iterator[Row | Rejected], path: Path) -> Iterator[Row | Rejected]:
     for row in rows:
-        if isinstance(row, Row) and isinstance(row.record, list):
+        if isinstance(row, Row) and isinstance(row.record, list) and row.record:
             for record in row.record:
                 yield row_at(path, row.number, record, lines=":" in row.where)
         else:

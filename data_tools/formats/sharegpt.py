@@ -13,16 +13,17 @@ from typing import Any, Literal
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, records
 from data_tools.turns import (
-    Turn,
+    Said,
     conversation_of,
-    names_of,
+    pictures_named,
     place_pictures,
+    refuse_media,
     sample_of,
     text_of,
+    told_first,
     valued_turns,
-    with_tools,
 )
-from mmit.data.sample import Role, Sample
+from mmit.data.sample import Sample
 
 
 def samples(
@@ -37,16 +38,14 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
+        refuse_media(record, row.where, "video", "audio")
         listed = field(row, "conversations", "conversation", "messages", "items")
         turns = _pairs(listed, row.where) or valued_turns(listed, row.where)
-        if record.get("system") and turns[0][0] != "system":
-            turns.insert(0, ("system", text_of(record["system"], row.where)))
-        turns = with_tools(turns, record.get("tools"))
-        names = names_of(record.get("images", record.get("image")), row.where)
+        names = pictures_named(record, row.where)
         # Without pictures a marker is a word: chats of the web speak of HTML.
         placed = place_pictures(turns, len(names), row.where, unmarked=unmarked, markers="text")
         return sample_of(
-            [Turn(role, parts) for (role, _), parts in zip(turns, placed, strict=True)],
+            told_first(placed, row.where, system=record.get("system"), tools=record.get("tools")),
             images=[album.picture(name, row.where) for name in names],
             meta={"id": record["id"]} if isinstance(record.get("id"), str | int) else {},
             where=row.where,
@@ -56,13 +55,13 @@ def samples(
     return each(records(path), sample)
 
 
-def _pairs(value: Any, where: str) -> list[tuple[Role, str]]:
+def _pairs(value: Any, where: str) -> list[Said]:
     """The turns of [{human, assistant}, ...], or none if this is not that variant."""
-    turns: list[tuple[Role, str]] = []
+    turns: list[Said] = []
     for number, pair in enumerate(conversation_of(value, where)):
         if not isinstance(pair, dict) or "assistant" not in pair or ("human" not in pair and "user" not in pair):
             return []
         here = f"{where}: turn {number}"
-        turns.append(("user", text_of(pair.get("human", pair.get("user")), here)))
-        turns.append(("assistant", text_of(pair["assistant"], here)))
+        turns.append(Said("user", text_of(pair.get("human", pair.get("user")), here)))
+        turns.append(Said("assistant", text_of(pair["assistant"], here)))
     return turns

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.rows import Rejected, Row, each, field, fields, records
-from data_tools.turns import conversation_of, said, sample_of, text_of
+from data_tools.turns import conversation_of, refuse_media, said, sample_of, text_of
 from mmit.data.sample import Sample
 
 
@@ -17,6 +17,7 @@ def samples(path: Path, images: Path | None = None, *, strip: bool = True) -> It
     del images
 
     def sample(row: Row) -> Sample:
+        refuse_media(fields(row), row.where, "image", "video", "audio")
         texts = conversation_of(field(row, "conversations", "data", "dialogue", "turns"), row.where)
         turns = [
             said("assistant" if number % 2 else "user", text_of(text, f"{row.where}: turn {number}"))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.album import Album, unread
-from data_tools.rows import Rejected, Row, each, fields, records
-from data_tools.turns import Turn, names_of, sample_of, valued_turns
+from data_tools.rows import Rejected, Row, each, field, fields, records
+from data_tools.turns import Turn, pictures_named, refuse_media, sample_of, told_first, valued_turns
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Part, Picture, Sample, SampleError, TextPart, VideoPart
 
@@ -37,24 +37,28 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        turns = valued_turns(record.get("messages", record.get("conversations")), row.where)
-        videos = [_frames(album, name, frames, fps, row.where) for name in _names(record, row.where, "video")]
-        shown = [album.picture(name, row.where) for name in _names(record, row.where, "image")]
-        text = "".join(said for _, said in turns)
+        refuse_media(record, row.where, "audio")
+        turns = valued_turns(field(row, "messages", "conversations"), row.where)
+        names = pictures_named(record, row.where, kind="video")
+        shown = [album.picture(name, row.where) for name in pictures_named(record, row.where)]
+        text = "".join(turn.text for turn in turns)
+        if "<video>" not in text and not shown and text.count("<image>") == len(names):
+            # LLaVA-Video marks its videos so.
+            turns = [turn._replace(text=turn.text.replace("<image>", "<video>")) for turn in turns]
+            text = text.replace("<image>", "<video>")
+        videos = [_frames(album, name, frames, fps, row.where) for name in names]
         if text.count("<video>") != len(videos) or text.count("<image>") != len(shown):
             raise SampleError(
                 f"{row.where}: {len(videos)} videos and {len(shown)} pictures, but {text.count('<video>')} <video> and "
                 f"{text.count('<image>')} <image> markers; write one for each"
             )
         pictures: list[Picture] = []
-        messages = [Turn(role, _parts(said, videos, shown, pictures, times)) for role, said in turns]
-        return sample_of(messages, images=pictures, where=row.where, strip=strip)
+        messages = [Turn(role, _parts(said, videos, shown, pictures, times), train) for role, said, train in turns]
+        messages = told_first(messages, row.where, system=record.get("system"), tools=record.get("tools"))
+        meta = {"id": record["id"]} if isinstance(record.get("id"), str | int) else {}
+        return sample_of(messages, images=pictures, meta=meta, where=row.where, strip=strip)
 
     return each(records(path), sample)
-
-
-def _names(record: Any, where: str, kind: str) -> list[Any]:
-    return names_of(record.get(f"{kind}s", record.get(kind)), where, field=kind)
 
 
 def _parts(text: str, videos: list[Any], shown: list[Any], pictures: list[Picture], times: bool) -> list[Part]:
@@ -113,7 +117,8 @@ def _decoded(file: Path, most: int, fps: float | None, where: str) -> list[tuple
             for number, frame in enumerate(container.decode(container.streams.video[0])):
                 if number in chosen:
                     stream = io.BytesIO()
-                    frame.to_image().save(stream, format="PNG")
+                    # Phones store how the video is to be turned beside the frames.
+                    frame.to_image().rotate(frame.rotation, expand=True).save(stream, format="PNG")
                     kept.append((unread(stream.getvalue(), where), round(seconds[number] - seconds[0], 3)))
         return kept
     except (FFmpegError, IndexError) as error:

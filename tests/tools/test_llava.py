@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_tools.convert import RejectedRows
 from data_tools.formats import llava
 from data_tools.rows import Rejected
-from data_tools.turns import place_pictures
+from data_tools.turns import Said, place_pictures
 from mmit.data.images import decode
 from mmit.data.sample import ImagePart, SampleError, TextPart
 from tests.tools.conftest import Converter, flat
@@ -168,7 +168,8 @@ TEXTS = st.lists(st.sampled_from(["<image>", "a", "<", "image>", " <image> ", "\
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), TEXTS), min_size=1, max_size=4))
 def test_placing_keeps_every_character_and_the_order_of_pictures(turns: list[tuple[str, str]]) -> None:
     count = sum(text.count("<image>") for _, text in turns)
-    placed = place_pictures(turns, count, "here")  # type: ignore[arg-type]
+    said = [Said(role, text) for role, text in turns]  # type: ignore[arg-type]
+    placed = [parts for _, parts, _ in place_pictures(said, count, "here")]
     again = [
         "".join("<image>" if isinstance(p, ImagePart) else p.text for p in parts if isinstance(p, ImagePart | TextPart))
         for parts in placed
