@@ -141,6 +141,7 @@ def show(
 def detect(
     input: Annotated[Path, typer.Argument(help="File or folder.")],
     images: Annotated[Path | None, typer.Option(help="Folder below which all pictures lie.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="Option of the format, KEY=VALUE; may be repeated.")] = None,
 ) -> None:
     """Tell the format of an input and show its first three rows as they are read."""
     from data_tools.detect import detect as detect_format
@@ -148,7 +149,7 @@ def detect(
 
     format = detect_format(input)
     print(f"{input} reads as {format}:")
-    for line in first_rows(format, input, images, {}):
+    for line in first_rows(format, input, images, _options(set or [])):
         print(line)
 
 

@@ -376,6 +376,26 @@ def test_a_video_that_its_file_turns_is_turned(run: Converter, tmp_path: Path) -
     assert shown[40:].mean() < 15
 
 
+def test_a_repository_is_read_by_the_library_of_the_hub(
+    run: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is an extra")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = datasets.Value("string")
+    features = datasets.Features({"images": [datasets.Image()], "texts": [{"user": text, "assistant": text}]})
+    rows = [
+        {"images": [{"bytes": picture_bytes(n), "path": None}], "texts": [{"user": "q", "assistant": f"{n}"}]}
+        for n in range(2)
+    ]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
+    samples = run("hub", tmp_path / "set")
+    assert [sample.messages[1].text for sample in samples] == ["0", "1"]
+    assert [sample.images[0].data for sample in samples] == [picture_bytes(0), picture_bytes(1)]
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        run("hub", tmp_path / "set", split="test")
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 GOOD = {"instruction": "q", "output": "a"}
