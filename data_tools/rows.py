@@ -156,9 +156,11 @@ def json_rows(path: Path) -> Iterator[Row | Rejected]:
 def json_shape(path: Path) -> str:
     """`lines` (JSONL), `list` or `object`, told from the name and the first line."""
     with opened(path) as stream:
-        head = stream.readline(LONGEST_ROW)
+        head = stream.readline(CHUNK)
         while head and not head.lstrip(b"\xef\xbb\xbf").strip():
-            head = stream.readline(LONGEST_ROW)
+            head = stream.readline(CHUNK)
+        if head.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and not head.endswith(b"\n"):
+            head += stream.readline(LONGEST_ROW)
         more = any(line.strip() for line in iter(lambda: stream.readline(CHUNK), b""))
     text = head.lstrip(b"\xef\xbb\xbf").strip()
     if not text:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import struct
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,40 @@ def test_the_tags_of_the_set_name_its_roles(run: Converter, tmp_path: Path) -> N
         ("tool", False),
         ("assistant", True),
     ]
+
+
+# Tars ----------------------------------------------------------------------------------------------------------------
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_a_caption_in_a_tar_is_no_answer_about_a_picture_that_is_not_there(run: Converter, tmp_path: Path) -> None:
+    members = {"1.mp4": b"x", "1.txt": b"a video", "2.pdf": b"x", "2.txt": b"a page", "3.txt": b"a"}
+    tar = tar_of(tmp_path / "x.tar", members)
+    with pytest.raises(RejectedRows, match="2 of 3 rows"):
+        run("webdataset", tar)
+    assert [flat(s) for s in run("webdataset", tar, settings=Settings(on_bad="drop"))] == [[("assistant", ["a"])]]
+
+
+@pytest.mark.parametrize(("weights", "expected"), [([0.1, 0.2, 0.9], "y"), (None, "x")])
+def test_the_answer_of_most_weight_is_learned(run: Converter, tmp_path: Path, weights: Any, expected: str) -> None:
+    record = {"context": "q", "answers": ["x", "x", "y"], "answer_weights": weights}
+    tar = tar_of(tmp_path / "x.tar", {"1.png": picture_bytes(), "1.json": json.dumps(record).encode()})
+    assert run("webdataset", tar)[0].messages[1].text == expected
+
+
+def test_a_system_text_in_a_tar_is_kept(run: Converter, tmp_path: Path) -> None:
+    record = {"conversations": turns(), "system": "s"}
+    tar = tar_of(tmp_path / "x.tar", {"1.json": json.dumps(record).encode(), "2.json": b'"no object"'})
+    samples = run("webdataset", tar, settings=Settings(on_bad="drop"))
+    assert [flat(sample) for sample in samples] == [[("system", ["s"]), *PAIR]]
 
 
 # OASST, delimited, tables, captions ----------------------------------------------------------------------------------
