@@ -401,11 +401,28 @@ def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) 
     if fewer:
         sample = _without(sample, {n for n, picture in enumerate(pictures) if picture is None}, where)
     sample = check(replace(sample, images=tuple(kept)), where)
+    _check_boxes(sample, where)
     try:
         to_json(sample).encode()
     except (TypeError, ValueError) as error:
         raise SampleError(f"{where}: cannot be stored as JSON ({error}); use plain texts, numbers and lists") from None
     return sample, fewer
+
+
+def _check_boxes(sample: Sample, where: str) -> None:
+    """Corners read as width and height, or boxes of another size of the picture, would else be clipped silently.
+
+    Real boxes reach a little over the edge; a tenth of the side is no accident.
+    """
+    for part in (part for item in sample.messages for part in item.parts if isinstance(part, BoxPart)):
+        shown = sample.images[part.image]
+        across = max(-part.left, part.right - shown.width) / shown.width
+        down = max(-part.top, part.bottom - shown.height) / shown.height
+        if max(across, down) > 0.1:
+            raise SampleError(
+                f"{where}: the box [{part.left:g}, {part.top:g}, {part.right:g}, {part.bottom:g}] reaches out of its "
+                f"picture of {shown.width} x {shown.height}; are its numbers corners, or of another size of it?"
+            )
 
 
 def _without(sample: Sample, gone: set[int], where: str) -> Sample:

@@ -19,7 +19,7 @@ from data_tools.formats import options_for, samples_of
 from data_tools.rows import records
 from mmit.config import ConfigError
 from mmit.data.images import decode
-from mmit.data.sample import Sample, SampleError, VideoPart
+from mmit.data.sample import BoxPart, Sample, SampleError, VideoPart
 from tests.tools.conftest import Converter, flat, picture_bytes
 
 PAIR = [("user", ["q"]), ("assistant", ["a"])]
@@ -201,6 +201,13 @@ def test_the_tags_of_the_set_name_its_roles(run: Converter, tmp_path: Path) -> N
         ("tool", False),
         ("assistant", True),
     ]
+
+
+def test_corners_read_as_width_and_height_are_not_clipped_silently(run: Converter, photos: Path) -> None:
+    row = {"image": "0.png", "bbox": [10, 6, 18, 11], "sentences": [{"sent": "s"}]}  # of 20 x 12 pixels
+    with pytest.raises(RejectedRows, match=r"box \[10, 6, 28, 17\] reaches out of its picture of 20 x 12"):
+        run("refcoco", [row], photos)
+    assert flat(run("refcoco", [row], photos, boxes="corners")[0])[1] == ("assistant", [BoxPart(0, 10, 6, 18, 11)])
 
 
 # Tars ----------------------------------------------------------------------------------------------------------------
