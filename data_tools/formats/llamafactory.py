@@ -57,7 +57,7 @@ def samples(
     file = path / "dataset_info.json" if path.is_dir() else path
     folder, described = file.parent, json_document(file)
     info = _entry(described, dataset, file)
-    data = folder / str(info["file_name"])
+    data = folder / text_of(info["file_name"], f"{file}: file_name of {dataset}")
     if not data.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{file}: {dataset} names {info['file_name']}, which lies outside of {folder}")
     album = Album(images if images is not None else folder, prefix=image_prefix)
