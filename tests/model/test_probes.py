@@ -97,6 +97,31 @@ def test_models_that_carry_state_past_a_restart_are_refused(sizes: dict[str, Any
         probe_isolation(made(sizes), CPU)
 
 
+QWEN2_MOE = QWEN2 | {
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+
+def shaken(vlm: VLM) -> VLM:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return vlm
+
+
+def test_experts_that_round_by_their_company_are_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of a conversation differ by 2e-7 with its neighbours, through the sizes of the experts' products."""
+    probe_isolation(shaken(made(QWEN2_MOE)), CPU)
+    change_arguments(monkeypatch, position_ids=lambda row: torch.arange(row.ids.shape[1])[None])
+    with pytest.raises(ConfigError, match="see each other in Qwen2MoeForCausalLM"):
+        probe_isolation(shaken(made(QWEN2_MOE)), CPU)
+
+
 def test_a_model_that_itself_refuses_packed_rows_is_an_error_of_the_config() -> None:
     with pytest.raises(ConfigError, match="Qwen3NextForCausalLM refuses a row of several conversations"):
         probe_isolation(made(QWEN3_NEXT), CPU)
@@ -134,10 +159,7 @@ def test_models_that_only_look_ids_up_pass(sizes: dict[str, Any]) -> None:
 
 
 def test_a_model_with_a_table_for_each_layer_is_refused() -> None:
-    vlm = made(GEMMA3N)
-    with torch.no_grad():
-        for parameter in vlm.parameters():  # at its start the model scales those tables by zero
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    vlm = shaken(made(GEMMA3N))  # at its start the model scales those tables by zero
     with pytest.raises(ConfigError, match="Gemma3nForCausalLM computes other hidden states from embeddings"):
         probe_embeddings(vlm)
 
