@@ -286,11 +286,9 @@ def _orientation(picture: Image.Image, data: bytes) -> int:
     if picture.format == "TIFF":
         # Pillow reports the size of a TIFF as turned and turns it while loading.
         return 1
-    if picture.format == "PNG" and "exif" not in picture.info:
-        # Pillow would decode all pixels to look for EXIF behind them.
-        exif = _png_exif(data)
-        if exif is None:
-            return 1
+    # Pillow would decode all pixels to look for EXIF behind them; what it has found before them stays, also as a text,
+    # which is how ImageMagick keeps that of a photograph.
+    if picture.format == "PNG" and "exif" not in picture.info and (exif := _png_exif(data)) is not None:
         picture.info["exif"] = exif
     try:
         orientation = Image.Image.getexif(picture).get(0x0112, 1)

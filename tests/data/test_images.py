@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 
 from mmit.data.images import MAX_BYTES, PictureFit, decode, ending_of, header, normalise, size_of
@@ -287,6 +287,19 @@ def test_a_png_that_tells_its_orientation_after_its_pixels_is_turned_too() -> No
     late = data[:8] + b"".join([*rest[:-1], *exif, rest[-1]])
     assert size_of(late, "here") == (16, 24)
     np.testing.assert_array_equal(decode(late, "here"), turned(pixels, 6))
+
+
+def test_a_png_that_keeps_its_exif_in_a_text_is_turned_too() -> None:
+    """As ImageMagick writes it for a photograph; transformers' load_image turns it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)
+    pixels, buffer = noise(24, 16), io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=about)
+    assert size_of(buffer.getvalue(), "here") == (16, 24)
+    np.testing.assert_array_equal(decode(buffer.getvalue(), "here"), turned(pixels, 6))
 
 
 def test_an_orientation_that_means_nothing_leaves_the_picture_upright() -> None:
