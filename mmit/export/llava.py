@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,6 +22,14 @@ from mmit.export.towers import (
 )
 from mmit.model.build import Assembly, plain_name
 from mmit.model.projector import MlpProjector
+
+DINOV2_NAMES = {
+    "q_proj": "attention.query",
+    "k_proj": "attention.key",
+    "v_proj": "attention.value",
+    "o_proj": "output.dense",
+}
+"""What transformers 5.20 calls the linears of DINOv2's attention -> what the files on the Hub do."""
 
 EXPORTABLE = (
     f"What Llava holds: {TRANSFORMERS_TOWERS}, with select: patch or cls_patch; the projector {{kind: mlp, depth: 2}}; "
@@ -119,7 +128,8 @@ def llava_tensors(assembly: Assembly) -> dict[str, Tensor]:
 def published_names(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
     """Tensors under the names of the LLaVA files on the Hub, which every version of transformers and vLLM read.
 
-    transformers 5 would write a tower without `vision_model.`, which vLLM and transformers 4 do not find.
+    transformers 5 would write a tower without `vision_model.`, which vLLM and transformers 4 do not find; and its new
+    names of DINOv2 are unknown to it before 5.20, which then draws those weights at random.
     """
     has_vision_model = any(name.endswith(".patch_embedding.weight") for name in tensors)
     tower = "vision_tower.vision_model." if has_vision_model else "vision_tower."
@@ -133,8 +143,14 @@ def published_names(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, T
     for name, value in tensors.items():
         prefix = next(prefix for prefix in renamed if name.startswith(prefix))
         if not (tied and prefix == "lm_head."):
-            published[renamed[prefix] + name.removeprefix(prefix)] = value
+            published[renamed[prefix] + _as_on_the_hub(name.removeprefix(prefix))] = value
     return published
+
+
+def _as_on_the_hub(name: str) -> str:
+    """The name within its part; only DINOv2 has an `encoder.layer` of which `attention` holds the linears itself."""
+    found = re.fullmatch(r"(encoder\.layer\.\d+\.attention\.)(\w_proj)(\.\w+)", name)
+    return f"{found[1]}{DINOV2_NAMES[found[2]]}{found[3]}" if found else name
 
 
 def language_tensors(language: PreTrainedModel) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ BLOCK_NAMES = {
 }
 LAST_LINEARS = {
     *("attn.out_proj", "mlp.c_proj"),  # open_clip
-    *("self_attn.out_proj", "mlp.fc2", "attention.output.dense", "mlp.weights_out"),  # CLIP, SigLIP, DINOv2
+    *("self_attn.out_proj", "mlp.fc2", "attention.o_proj", "mlp.weights_out"),  # CLIP, SigLIP, DINOv2
 }
 """What ends a block's two branches: with zeros there, the block adds nothing to its input."""
 

@@ -16,7 +16,7 @@ from mmit import api
 from mmit import config as schema
 from mmit.config import Config, ConfigError, parse_config
 from mmit.export.verify import compare, load_export, probes, said, said_by_export
-from mmit.export.write import export
+from mmit.export.write import DTYPES, Dtype, export
 from mmit.model.build import Assembly, assemble
 from mmit.model.saved import Saved, load_saved
 from tests.export.foreign import llava_repository, random_llava
@@ -50,6 +50,19 @@ def config_for(folder: Path, source: Path, **train: Any) -> Config:
     return parse_config(tree, "test")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_gone_on_from_is_exported_again_tensor_by_tensor(name: str, tmp_path: Path) -> None:
+    export(run_of(saved_model(MODELS[name]), tmp_path / "run"), tmp_path / "out")
+    ours = from_source(tmp_path / "out")
+    tokens = ours.vlm.vision.tokens if ours.vlm.vision is not None else 0
+    about = {"model": {"from": str(tmp_path / "out")}, "chat": vars(ours.chat("auto").format), "pictures": "pad"}
+    about |= {"format": 1, "seed": 0, "placeholder": ours.placeholder, "image_tokens": tokens, "max_tokens": 64}
+    export(run_of(as_saved(ours, **about), tmp_path / "run2"), tmp_path / "out2")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "out2"))
+    assert before.keys() == after.keys()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
 @pytest.mark.parametrize(("tied", "layer"), [(False, -2), (True, -1), (False, 2)])
 def test_a_llava_of_transformers_says_the_same_here(tied: bool, layer: int, tmp_path: Path) -> None:
     random_llava(tmp_path / "llava", tied=tied, layer=layer)
@@ -62,14 +75,19 @@ def test_a_llava_of_transformers_says_the_same_here(tied: bool, layer: int, tmp_
     assert compare([said(saved, item) for item in conversations], theirs, saved, "test").largest_difference <= 1e-5
 
 
-def test_llava_to_ours_to_llava_keeps_every_tensor(tmp_path: Path) -> None:
-    before = random_llava(tmp_path / "llava").state_dict()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_llava_to_ours_to_llava_keeps_every_tensor(tied: bool, dtype: Dtype, tmp_path: Path) -> None:
+    llava = random_llava(tmp_path / "llava", tied=tied)
+    llava.to(DTYPES[dtype]).save_pretrained(tmp_path / "llava")
+    before = llava.state_dict()
     ours = from_source(tmp_path / "llava")
     about = {"model": {"from": str(tmp_path / "llava")}, "chat": vars(ours.chat("auto").format), "pictures": "crop"}
     about |= {"format": 1, "seed": 0, "placeholder": ours.placeholder, "image_tokens": 16, "max_tokens": 64}
-    export(run_of(as_saved(ours, **about), tmp_path / "run"), tmp_path / "out")
+    export(run_of(as_saved(ours, **about), tmp_path / "run"), tmp_path / "out", dtype=dtype)
     after = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
     assert before.keys() == after.keys()
+    assert {value.dtype for value in after.values()} == {DTYPES[dtype]}
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 

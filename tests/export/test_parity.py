@@ -171,6 +171,25 @@ def test_the_names_of_the_exported_tensors_are_those_that_others_read(tmp_path: 
     }
 
 
+def test_dinov2_keeps_the_names_of_the_hub(tmp_path: Path) -> None:
+    """transformers 5.0 to 5.10 find these alone, and draw at random what they do not find."""
+    export(run_of(saved_model(MODELS["DINOv2 + llama"]), tmp_path / "run"), tmp_path / "out")
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
+        names = {name for name in file.keys() if ".layer.0.attention." in name}  # noqa: SIM118
+    linears = ("attention.query", "attention.key", "attention.value", "output.dense")
+    assert names == {f"vision_tower.encoder.layer.0.attention.{linear}.{kind}" for linear in linears for kind in BOTH}
+
+
+def test_a_block_above_the_last_passes_its_input_on(tmp_path: Path) -> None:
+    """Nothing reads it, but a program that reads one block too far would then see the same."""
+    saved = saved_model({"language": {"random": LLAMA}, "vision": TOWERS["dinov2"] | {"layer": -1}})
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out")
+    model: Any = load_export(tmp_path / "out", multimodal=True)[0]
+    with torch.no_grad():
+        states = model.model.vision_tower(torch.randn(1, 3, 28, 28), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[-1], states[-2])
+
+
 WITHOUT_MMIT = """
     import sys
 
