@@ -11,6 +11,7 @@ import torch
 
 from mmit.data.images import normalise
 from mmit.export.llava import ExportError
+from mmit.export.processor import speaking_tokenizer
 from mmit.export.verify import probes, rendered, said
 from mmit.export.write import export
 from tests.data.made_tokenizers import metaspace
@@ -154,6 +155,22 @@ def test_llama_cpp_itself_answers_with_our_tokens(name: str, tmp_path: Path) -> 
             answer.append(int(np.argmax(model.scores[model.n_tokens - 1])))
             model.eval(answer[-1:])
         assert answer == ours.answer
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("scheme", ["always", "prepend", "never"])
+def test_llama_cpp_itself_reads_our_ids_of_a_tokenizer_as_of_llama_2(scheme: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    metaspace(scheme).save_pretrained(tmp_path / "tokenizer")
+    saved = saved_model({"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}, chat="vicuna_v1")
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
+    model = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=1024, vocab_only=True, verbose=False)
+    speaker = speaking_tokenizer(saved)
+    for conversation in probes(saved):
+        messages = [{"role": item.role, "content": item.text} for item in conversation.messages]
+        text = str(speaker.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        ours = rendered(saved, conversation)[0].tolist()
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == ours
 
 
 DEFECT = pytest.mark.xfail(reason="github.com/ggml-org/llama.cpp/issues/25814: cls token behind the patches")
