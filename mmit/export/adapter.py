@@ -6,9 +6,20 @@ import re
 from pathlib import Path
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
+from mmit.export.llava import ExportError
 from mmit.model.build import Assembly
+
+
+def check_adapter(assembly: Assembly) -> None:
+    """ExportError for a LoRA on the vocabulary: beside an exported base, peft does not find its tables again."""
+    language = assembly.vlm.language
+    tables = {"embeddings": language.get_input_embeddings(), "head": language.get_output_embeddings()}
+    adapted = [name for name, table in tables.items() if isinstance(table, BaseTunerLayer)]
+    if adapted:
+        raise ExportError(f"--adapter: the LoRA adapts the {' and '.join(adapted)} too; leave it out, to merge them")
 
 
 def write_adapter(assembly: Assembly, folder: Path, *, base: str) -> None:

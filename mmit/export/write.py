@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmit.config import ConfigError, suggest
-from mmit.export.adapter import write_adapter
+from mmit.export.adapter import check_adapter, write_adapter
 from mmit.export.card import HUB_NAME, model_card, run_folder, without_places
 from mmit.export.gguf import language_difference, write_gguf
 from mmit.export.llava import (
@@ -81,6 +81,8 @@ def export(
     saved = load_saved(run)
     if (adapter or needs_adapter) and saved.assembly.adapter is None:
         raise ConfigError(f"{run}: its last stage trained no LoRA, so there is no adapter to keep or to merge")
+    if adapter:
+        check_adapter(saved.assembly)
     conversations = [*probes(saved), *more]
     expected = [said(saved, conversation) for conversation in conversations]
     if saved.assembly.adapter is not None and not adapter:

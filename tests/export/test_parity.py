@@ -74,6 +74,16 @@ def test_a_lora_is_merged_or_kept_and_both_say_what_was_trained(name: str, tmp_p
 
 
 @PEFT
+@pytest.mark.parametrize(("targets", "table"), [(["q_proj", "lm_head"], "head"), (["embed_tokens"], "embeddings")])
+def test_a_lora_on_the_vocabulary_can_only_be_merged(targets: list[str], table: str, tmp_path: Path) -> None:
+    lora = schema.Lora(rank=2, alpha=4, targets=targets)
+    run = run_of(saved_model(CLIP, lora=lora), tmp_path / "run")
+    with pytest.raises(ExportError, match=f"--adapter: the LoRA adapts the {table}"):
+        export(run, tmp_path / "out", adapter=True)
+    export(run, tmp_path / "out")
+
+
+@PEFT
 def test_merge_writes_a_run_without_an_adapter_that_says_the_same(tmp_path: Path) -> None:
     run = run_of(saved_model(CLIP, lora=LORA), tmp_path / "run")
     done = merge(run, tmp_path / "merged")
