@@ -239,17 +239,15 @@ def test_shards_fewer_than_workers_and_of_unequal_sizes_make_the_same_steps(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_usual_launchers_start_it(launcher: str, by_one: dict[str, Path], tmp_path: Path, data: Path) -> None:
-    """torchrun two ranks; accelerate, which starts several on a CPU only through MPI, one."""
-    how = "fsdp" if launcher == "torchrun" else "ddp"
-    wanted = two_stages(tmp_path / "run", data, "all", parallel=how)
+    wanted = two_stages(tmp_path / "run", data, "all", parallel="fsdp")
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(wanted), encoding="utf-8")
     port = str(free_port())
     commands = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "mmit"],
         "accelerate": [
-            *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "mmit"),
+            *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "mmit"),
         ],
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
