@@ -251,13 +251,13 @@ def main() -> None:
     except CtrlC:
         _stop("stopped; the same command goes on where it can, or starts anew", 75)
     except OSError as error:
+        if type(error).__name__ == "OtherRankFailed":
+            _stop(str(error), 1)
         if error.errno not in ENVIRONMENT:
             raise
         named = error.filename if error.filename is not None else "a file"
         _stop(f"{named}: {error.strerror}; name another place, or mend its rights or free some space", 2)
     except Exception as error:
-        if type(error).__name__ == "OtherRankFailed":
-            _stop(str(error), 1)
         if type(error).__name__ == "Interrupted":
             # torchrun would start a failed rank again; the note PREEMPTED in the run directory says what happened.
             _stop(str(error), 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75)

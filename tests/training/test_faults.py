@@ -631,8 +631,8 @@ def test_a_held_out_loss_that_is_not_finite_is_told_as_null_and_never_the_best(
 ) -> None:
     forward = VLM.forward
 
-    def bad(vlm: VLM, row: Row, *, states: bool = False) -> torch.Tensor:
-        return forward(vlm, row, states=states) * (1 if states or vlm.language.training else math.nan)
+    def bad(vlm: VLM, row: Row, *, want: Literal["losses", "states", "scores"] = "losses") -> torch.Tensor:
+        return forward(vlm, row, want=want) * (1 if want == "states" or vlm.language.training else math.nan)
 
     monkeypatch.setattr(VLM, "forward", bad)
     held_out = {"holdout": {"fraction": 0.3, "by": "sample"}, "every": 1, "keep_best": True}

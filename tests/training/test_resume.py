@@ -310,7 +310,7 @@ def test_a_run_directory_holds_what_others_rely_on(tmp_path: Path, data: Path) -
     folder = run(two_stages(tmp_path / "run", data, vision=CLIP))
     names = {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final"}
     assert names <= {path.name for path in folder.iterdir()}
-    assert {path.name for path in folder.iterdir()} - names <= {".lock", "skipped.jsonl"}
+    assert {path.name for path in folder.iterdir()} - names <= {".lock", ".begun.yaml", "skipped.jsonl"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     keys = {"stage", "step", "loss", "losses", "lr", "samples", "tokens", "supervised", "seconds"}
     for line in lines:
