@@ -88,10 +88,6 @@ class Album:
                 f"{where}: the picture {name!r} would be read from outside the images folder; write its path below "
                 f"that folder (--set image_prefix=... takes away a common beginning)"
             )
-        try:
-            os.fsencode(inside)
-        except UnicodeEncodeError:
-            raise SampleError(f"{where}: no file can be called {name!r}; write its name in whole characters") from None
         return Unread(0, 0, "", "", window=window, name=inside, root=str(self.root), where=where)
 
 
