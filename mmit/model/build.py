@@ -27,7 +27,7 @@ from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
 from mmit.data.chat_formats import stands_for_nothing
 from mmit.data.images import PictureFit, Policy
-from mmit.model.files import provenance
+from mmit.model.files import provenance, revision_of, split_revision
 from mmit.model.pretrained import load_tokenizer, load_whole
 from mmit.model.projector import build_projector
 from mmit.model.projector_file import start_projector
@@ -101,7 +101,7 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
     sources: dict[str, Any] = {}
     fresh: set[str] = set()
     if isinstance(model.language, str):
-        sources["language"] = provenance(model.language, language.config, cache)
+        sources["language"] = provenance(model.language, cache)
     else:
         fresh |= {f"language.{name}" for name, _ in language.named_parameters()}
     vision, projector, placeholder = None, None, None
@@ -111,7 +111,7 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
         fresh |= added
         vision = build_vision(model.vision)
         if model.vision.random is None:
-            sources["vision"] = {"name": model.vision.name, "fingerprint": vision.fingerprint()}
+            sources["vision"] = _tower_record(model.vision, vision)
         else:
             fresh |= {f"vision.{name}" for name, _ in vision.named_parameters()}
         if model.vision.cache and cache is not None:
@@ -125,6 +125,24 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
     vlm = VLM(vision, projector, language)
     vlm.requires_grad_(False)
     return Assembly(vlm, tokenizer, placeholder, sources, fresh)
+
+
+def _tower_record(spec: schema.Vision, vision: VisionTower) -> dict[str, Any]:
+    record = {"name": split_revision(str(spec.name))[0], "fingerprint": vision.fingerprint()}
+    revision = revision_of(str(spec.name)) if spec.library == "transformers" else None
+    return record | ({"revision": revision} if revision is not None else {})
+
+
+def pinned(model: schema.Model, sources: Mapping[str, Any]) -> schema.Model:
+    """`model` at the Hub revisions that `sources` of a run recorded: what moved on there since is not what it had."""
+
+    def at(name: Any, part: str) -> Any:
+        revision = sources.get(part, {}).get("revision")
+        return f"{split_revision(name)[0]}@{revision}" if revision is not None and isinstance(name, str) else name
+
+    vision = model.vision and model.vision.model_copy(update={"name": at(model.vision.name, "vision")})
+    changes = {"language": at(model.language, "language"), "source": at(model.source, "from"), "vision": vision}
+    return model.model_copy(update=changes)
 
 
 def _add_tokens(assembly: Assembly, tokens: Sequence[str]) -> None:

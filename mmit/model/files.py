@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mmit.config import ConfigError
 from mmit.data.cache import RecordCache
@@ -21,14 +22,33 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{file}: missing, cut or damaged ({error}); copy it again from where it was made") from None
 
 
-def provenance(name: str, language_config: Any, cache: Path | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"name": name}
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Name and revision of a Hub model that is written `name@revision`; a folder, or a name alone, has none."""
+    base, at, revision = name.rpartition("@")
+    return (base, revision) if at and base and not Path(name).exists() else (name, None)
+
+
+def located(name: str) -> dict[str, str]:
+    """What the loaders of transformers take for `name`, or `name@revision`."""
+    base, revision = split_revision(name)
+    return {"pretrained_model_name_or_path": base} | ({"revision": revision} if revision is not None else {})
+
+
+def revision_of(name: str) -> str | None:
+    """The commit of the Hub that `name` stands for here and now; None for a folder."""
+    base, revision = split_revision(name)
+    file = cached_file(base, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return extract_commit_hash(file, None)
+
+
+def provenance(name: str, cache: Path | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": split_revision(name)[0]}
     folder = Path(name)
     if folder.is_dir():
         files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
         record["sha256"] = {file.name: file_sha256(file, cache) for file in files}
     else:
-        record["revision"] = language_config._commit_hash
+        record["revision"] = revision_of(name)
     return record
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.utils.hub import cached_file
 
 from mmit.config import ConfigError
+from mmit.model.files import located, split_revision
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def from_hub(load: Callable[[], T], key: str, name: str) -> T:
 def load_whole(kind: Any, key: str, name: str, **options: Any) -> Any:
     """The model of class `kind` in fp32. ConfigError unless the files of `name` hold each of its parameters, in full
     precision: transformers would draw the others at random, with a warning."""
-    raw, _ = from_hub(lambda: PreTrainedConfig.get_config_dict(name), key, name)
+    raw, _ = from_hub(lambda: PreTrainedConfig.get_config_dict(**located(name)), key, name)
     if "quantization_config" in raw:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ConfigError(f"{key}: {name} holds quantized weights ({method}); name the model they were made from")
@@ -54,7 +56,7 @@ def load_whole(kind: Any, key: str, name: str, **options: Any) -> Any:
     with _quiet():
         model, found = from_hub(
             lambda: kind.from_pretrained(
-                name,
+                **located(name),
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below; transformers only points to its log
@@ -78,14 +80,16 @@ def load_whole(kind: Any, key: str, name: str, **options: Any) -> Any:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False), "tokenizer", name)
+    load = partial(AutoTokenizer.from_pretrained, **located(name), trust_remote_code=False)
+    tokenizer = from_hub(load, "tokenizer", name)
     if not tokenizer.is_fast:
         raise ConfigError(f"{name}: its tokenizer has no fast version (tokenizer.json), which mmit needs")
     return cast(PreTrainedTokenizerFast, tokenizer)
 
 
 def has_file(name: str, file: str) -> bool:
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
+    base, revision = split_revision(name)
+    return cached_file(base, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _sizes(name: str, found: Any, wanted: Any) -> str:

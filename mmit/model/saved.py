@@ -14,7 +14,7 @@ from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.chat import Chat
 from mmit.data.images import PictureFit
-from mmit.model.build import Assembly, add_lora, assemble, restore
+from mmit.model.build import Assembly, add_lora, assemble, pinned, restore
 from mmit.model.files import read_tensors
 from mmit.model.sources import chat_format
 
@@ -47,7 +47,8 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
         raise ConfigError(f"{folder / 'model.json'}: damaged ({error}); copy it again from where it was made") from None
     if record["format"] != FORMAT:
         raise ConfigError(f"{folder}: model format {record['format']}, this mmit reads {FORMAT}; upgrade mmit")
-    assembly = assemble(schema.Model.model_validate(record["model"]), seed=record["seed"], cache=cache)
+    model = pinned(schema.Model.model_validate(record["model"]), record["sources"])
+    assembly = assemble(model, seed=record["seed"], cache=cache)
     _check_sources(record["sources"], assembly, folder)
     if record["lora"] is not None:
         add_lora(assembly, schema.Lora(**record["lora"]), seed=record["seed"])

@@ -36,7 +36,7 @@ from mmit.model.build import (
     merge_lora,
     placeholder_of,
 )
-from mmit.model.files import file_sha256, provenance
+from mmit.model.files import file_sha256, located, provenance, split_revision
 from mmit.model.pretrained import from_hub, load_tokenizer, load_whole
 from mmit.model.projector import MlpProjector
 from mmit.model.projector_file import fill_projector, projector_tensors
@@ -66,7 +66,7 @@ def assemble_source(model: schema.Model, *, seed: int, cache: Path | None) -> As
     folder = Path(name)
     if any((folder / place).exists() for place in ("model.json", "final/model.json", "checkpoints")):
         return _from_run(folder, cache)  # which says so if it is not finished
-    raw, _ = from_hub(lambda: PreTrainedConfig.get_config_dict(name), "model.from", name)
+    raw, _ = from_hub(lambda: PreTrainedConfig.get_config_dict(**located(name)), "model.from", name)
     if any(key.startswith("mm_") for key in raw):
         return _from_llava_repository(name, raw, model, cache)
     if raw.get("model_type") == "llava":
@@ -86,7 +86,8 @@ def assemble_source(model: schema.Model, *, seed: int, cache: Path | None) -> As
 def record_of(name: str) -> dict[str, Any] | None:
     """mmit.json of an export of ours, None for what others made."""
     try:
-        file = cached_file(name, RECORD, _raise_exceptions_for_missing_entries=False)
+        base, revision = split_revision(name)
+        file = cached_file(base, RECORD, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError:
         return None
     return json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else None
@@ -123,7 +124,7 @@ def _from_run(folder: Path, cache: Path | None) -> Assembly:
 
 
 def _from_llava(name: str, model: schema.Model, cache: Path | None) -> Assembly:
-    config = from_hub(lambda: AutoConfig.from_pretrained(name), "model.from", name)
+    config = from_hub(lambda: AutoConfig.from_pretrained(**located(name)), "model.from", name)
     where = f"model.from: {name}"
     layer = config.vision_feature_layer
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
@@ -145,7 +146,7 @@ def _from_llava(name: str, model: schema.Model, cache: Path | None) -> Assembly:
         vlm=VLM(vision, projector, _causal_language(twin, model.attention)),
         tokenizer=_speaking_tokenizer(name),
         placeholder=config.image_token_id,
-        sources={"from": provenance(name, config, cache)},
+        sources={"from": provenance(name, cache)},
         fresh=set(),
         own_chat=chat_format(own["chat"]) if own is not None else None,
         own_pictures=policy,
@@ -171,14 +172,14 @@ def _speaking_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer, with the template of the processor where it has none of its own."""
     tokenizer = load_tokenizer(name)
     if tokenizer.chat_template is None:
-        processor = from_hub(lambda: AutoProcessor.from_pretrained(name), "model.from", name)
+        processor = from_hub(lambda: AutoProcessor.from_pretrained(**located(name)), "model.from", name)
         tokenizer.chat_template = processor.chat_template
     return tokenizer
 
 
 def _pixels(name: str, side: int, where: str) -> tuple[Pixels, Policy]:
     """How the model's own processor fits and normalises pictures."""
-    record, _ = from_hub(lambda: ImageProcessingMixin.get_image_processor_dict(name), "model.from", name)
+    record, _ = from_hub(lambda: ImageProcessingMixin.get_image_processor_dict(**located(name)), "model.from", name)
     about = f"{where}: its image processor"
     interpolation, size = processor_filter(record, about), record.get("size", {})
     policy: Policy = "squash"
@@ -245,7 +246,7 @@ def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Mode
         tokenizer=tokenizer,
         placeholder=placeholder,
         sources={
-            "from": provenance(name, config, cache),
+            "from": provenance(name, cache),
             "vision": {"name": tower, "fingerprint": vision.fingerprint()},
         },
         fresh=fresh,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mmit.config import ConfigError, Vision
+from mmit.model.files import located
 from mmit.model.pretrained import from_hub, has_file, load_whole
 from mmit.model.tower_parts import (
     CLIP_MEAN,
@@ -152,7 +153,7 @@ def _transformers_config(spec: Vision) -> tuple[str, Any]:
         raise ConfigError(
             f"model.vision.pretrained: {spec.pretrained!r}; transformers loads the weights of `name`, leave it out"
         )
-    load = partial(transformers.AutoConfig.from_pretrained, spec.name, trust_remote_code=False)
+    load = partial(transformers.AutoConfig.from_pretrained, **located(spec.name), trust_remote_code=False)
     config = from_hub(load, "model.vision.name", spec.name)
     both = isinstance(config, transformers.CLIPConfig | transformers.SiglipConfig)
     return config.model_type, config.vision_config if both else config
@@ -163,7 +164,7 @@ def _transformers_pixels(spec: Vision, family: Family, config: Any) -> Pixels:
     record: dict[str, Any] = {}
     if spec.random is None:
         try:
-            record, _ = ImageProcessingMixin.get_image_processor_dict(spec.name)
+            record, _ = ImageProcessingMixin.get_image_processor_dict(**located(spec.name))
         except OSError as error:
             if has_file(spec.name, "preprocessor_config.json"):  # so it is there, and damaged
                 raise ConfigError(f"model.vision.name: {error}; fetch the file again") from error

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mmit.config import Config, ConfigError, Lora
-from mmit.model.build import Assembly, add_lora, assemble, merge_lora, restore
+from mmit.model.build import Assembly, add_lora, assemble, merge_lora, pinned, restore
 from mmit.training import checkpoint, parallel
 from mmit.training.checkpoint import Checkpoint
 from mmit.training.data import StageData, rendering_of
@@ -77,7 +77,8 @@ def start(config: Config, number: int, origin: Checkpoint | None, cache: Path) -
     `origin` is a checkpoint of the stage itself or `finished_before`, whose adapter is merged, unless this stage trains
     the same one further.
     """
-    assembly = assemble(config.model, seed=config.seed, cache=cache)
+    model = pinned(config.model, origin.state["model"]["sources"]) if origin is not None else config.model
+    assembly = assemble(model, seed=config.seed, cache=cache)
     if origin is not None:
         _check_sources(origin, assembly)
         lora = origin.state["model"]["lora"]

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionMode
 
 from mmit.config import ConfigError, Model, Vision
 from mmit.data.byte_tokenizer import byte_tokenizer
-from mmit.model.build import Assembly, assemble
+from mmit.model.build import Assembly, assemble, pinned
 from mmit.model.vision import build_vision
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -237,3 +237,40 @@ def test_damaged_weights_of_open_clip_are_named(file: str, tmp_path: Path) -> No
 def test_random_sizes_that_do_not_fit_together_are_named(spec: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^model\.vision\.random: "):
         build_vision(Vision.model_validate(spec))
+
+
+def on_the_hub(root: Path, name: str, revisions: dict[str, Path]) -> None:
+    """What huggingface_hub caches of a repository, whose `main` is the last of the revisions."""
+    cached = root / f"models--{name.replace('/', '--')}"
+    for revision, folder in revisions.items():
+        (cached / "snapshots" / revision).parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(cached / "snapshots" / revision)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(revision)
+
+
+def test_a_run_keeps_the_revision_of_the_hub_that_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for part in ("old", "new"):
+        language(tmp_path / f"{part}-language")
+        CLIPVisionModel(CLIPVisionConfig(**TOWER, **PICTURES)).save_pretrained(tmp_path / f"{part}-tower")
+    on_the_hub(tmp_path / "hub", "some/llm", {"a" * 40: tmp_path / "old-language"})
+    on_the_hub(tmp_path / "hub", "some/tower", {"a" * 40: tmp_path / "old-tower"})
+    model = Model.model_validate(
+        {"language": "some/llm", "vision": {"library": "transformers", "name": "some/tower"}, "projector": {}}
+    )
+    before = assemble(model, seed=0)
+    on_the_hub(tmp_path / "hub", "some/llm", {"b" * 40: tmp_path / "new-language"})
+    on_the_hub(tmp_path / "hub", "some/tower", {"b" * 40: tmp_path / "new-tower"})
+    again = assemble(pinned(model, before.sources), seed=0)
+    moved = assemble(model, seed=0)
+    assert again.sources == before.sources
+    assert before.sources["language"]["revision"] == before.sources["vision"]["revision"] == "a" * 40
+    assert moved.sources["language"]["revision"] == moved.sources["vision"]["revision"] == "b" * 40
+    for part in ("language", "vision"):
+        tensors = [assembly.parts()[part].state_dict() for assembly in (before, again, moved)]
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+        assert not all(torch.equal(tensors[0][name], tensors[2][name]) for name in tensors[0])
