@@ -365,6 +365,8 @@ class Config(Section):
     def _stages_fit_the_model(self) -> Config:
         if self.offload and self.parallel == "ddp":
             raise ValueError("offload keeps shards on the CPU and needs parallel: fsdp or hsdp")
+        if self.model.source is not None and Path(self.model.source).absolute() == Path(self.output).absolute():
+            raise ValueError("model.from is the `output` of this very run; name another folder as `output`")
         names = [stage.name for stage in self.stages]
         faults = [
             f"two stages are called {n!r}; give each its own name" for n in dict.fromkeys(names) if names.count(n) > 1

@@ -284,6 +284,7 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], object]:
         ("stages/0/data/0", {"shards": "x", "images": "y"}, ["stages.0.data.0: `images` and `options` belong to a"]),
         ("stages/0/data/0", "x", ["stages.0.data.0: expected keys of its own (format, images, limit, name"]),
         # One thing against another
+        ("model", {"from": "runs/x"}, ["(the whole file): model.from is the `output` of this very run"]),
         ("model/vision", None, ["(the whole file): stage 'align' trains", "(the whole file): stage 'sft' trains"]),
         ("model/vision/pretrained", None, ["model.vision: open_clip needs `pretrained`"]),
         ("stages/1/name", "align", ["(the whole file): two stages are called 'align'; give each its own name"]),
