@@ -9,11 +9,12 @@ Shapes: (H, W, 3) uint8 as decoded; (3, S, S) uint8 as fitted, S being the side 
 
 from __future__ import annotations
 
+import ctypes
 import io
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 20 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 Policy = Literal["crop", "pad", "squash"]
 Box = tuple[float, float, float, float]
@@ -97,6 +101,18 @@ def decode(data: bytes, where: str, *, window: tuple[float, float] | None = None
             f"stretch it to the whole range and save it with 8 bits a channel"
         )
     return np.ascontiguousarray(TURNS[orientation](pixels))
+
+
+def reuse_memory() -> None:
+    """Lets this process keep the memory of one decoded picture for the next.
+
+    glibc hands blocks of over 128 KiB back to the system each time, which clears them page by page when they are asked
+    for again: 3.7 instead of 1.4 ms of CPU for a JPEG of 640 x 480, measured in the benchmark of conversion.
+    """
+    with suppress(AttributeError):  # the call is glibc's own
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
 
 
 # What the EXIF orientation asks for: how stored rows and columns become shown ones (EXIF 2.32, tag 0x0112).

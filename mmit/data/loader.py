@@ -11,7 +11,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, Rendered, cut
-from mmit.data.images import PictureFit, decode
+from mmit.data.images import PictureFit, decode, reuse_memory
 from mmit.data.order import Occurrence, Order
 from mmit.data.packing import Costs, Example, Load, Row, deal, pack
 from mmit.data.remote import RemoteError
@@ -277,7 +277,7 @@ def _shown(example: Example) -> list[bytes]:
     return [example.pictures[picture] for picture in dict.fromkeys(example.spans[:, 2].tolist())]
 
 
-def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120) -> Iterator[Step]:
+def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120) -> Generator[Step]:
     """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one).
 
     SampleError names what the workers read when one of them dies, or when no step comes for `timeout` seconds.
@@ -297,24 +297,29 @@ def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 
         worker_init_fn=_prepare_worker,
     )
     made = iter(loader)
-    with _deaths_told(steps):
-        while True:
-            try:
-                step = next(made, None)
-            except RuntimeError as error:
-                if steps.reading is None or not str(error).startswith("DataLoader "):
-                    raise
-                fault = _lost(steps, error)
-                for process in steps.reading[:, 0].tolist():
-                    if process > 0:
-                        with suppress(ProcessLookupError):
-                            os.kill(process, signal.SIGKILL)  # what hangs heeds nothing less, and would be waited for
-                raise fault from None
-            if isinstance(step, SampleError):
-                raise step
-            if step is None:
-                return
-            yield step
+    try:
+        with _deaths_told(steps):
+            while (step := _next(made, steps)) is not None:
+                if isinstance(step, SampleError):
+                    raise step
+                yield step
+    finally:
+        # A fault's traceback would keep the workers, which heed no signal, and the interpreter waits for them at exit.
+        del made
+
+
+def _next(made: Iterator[Step | SampleError], steps: Steps) -> Step | SampleError | None:
+    try:
+        return next(made, None)
+    except RuntimeError as error:
+        if steps.reading is None or not str(error).startswith("DataLoader "):
+            raise
+        fault = _lost(steps, error)
+        for process in steps.reading[:, 0].tolist():
+            if process > 0:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)  # what hangs heeds nothing less, and would be waited for
+        raise fault from None
 
 
 @contextmanager
@@ -371,6 +376,7 @@ class _Told(Dataset[Step | SampleError]):
 
 def _prepare_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    reuse_memory()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         # A terminal and a scheduler signal the whole group; the process that trains saves first, then lets workers go.
         signal.signal(number, signal.SIG_IGN)

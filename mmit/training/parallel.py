@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, cast
@@ -166,10 +166,11 @@ def from_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return found[0]
 
 
-def together(accelerator: Accelerator, items: Iterator[T]) -> Iterator[T]:
+def together(accelerator: Accelerator, items: Generator[T]) -> Iterator[T]:
     """The items of each rank, of which all have as many; if making one fails on one rank, all of them stop."""
-    while (item := on_all(accelerator, lambda: next(items, None))) is not None:
-        yield item
+    with closing(items):
+        while (item := on_all(accelerator, lambda: next(items, None))) is not None:
+            yield item
 
 
 def patient_group() -> ProcessGroup | None:

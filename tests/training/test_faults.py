@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,7 +22,7 @@ import pytest
 import torch
 
 from mmit.api import replay
-from mmit.config import Config
+from mmit.config import Config, dump_config
 from mmit.data.images import decode
 from mmit.data.packing import Row
 from mmit.data.sample import Sample, SampleError
@@ -89,6 +91,22 @@ def test_pictures_that_one_rank_alone_cannot_decode_are_counted_and_told_by_the_
     lines = metrics(two)
     assert sum(line["skipped"] for line in lines) == 3
     assert sum(line["samples"] for line in lines) == 21
+
+
+def test_a_bad_sample_in_the_hands_of_a_worker_ends_the_process_and_all_its_workers(tmp_path: Path) -> None:
+    """In a process of its own: what tests fork does not end as a program does, which first waits for its workers."""
+    whole = picture(13, 12, seed=1)
+    assert whole.data is not None
+    data = whole.data[: len(whole.data) // 2]
+    bad = replace(whole, data=data, sha256=hashlib.sha256(data).hexdigest())
+    samples = [alone(number) if number != 7 else replace(alone(7), images=(bad,)) for number in range(12)]
+    wanted = config(tmp_path / "run", stage("s", shards(tmp_path / "data", samples), BOTH, epochs=3), workers=2)
+    (tmp_path / "run.yaml").write_text(dump_config(wanted), encoding="utf-8")
+    command = [sys.executable, "-m", "mmit", "train", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "p0007" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_too_many_bad_samples_stop_the_run_with_code_3_on_every_rank(tmp_path: Path, undecodable: Path) -> None:
