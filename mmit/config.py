@@ -280,8 +280,9 @@ class Stage(Section):
     max_skipped: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the samples seen that may be skipped as bad, from the 100th on; the run stops beyond it, or when 100 in
     a row are bad."""
-    skip_nonfinite: NonNegativeInt = 0
-    """Steps in a row whose update is left out because loss or gradient is not finite, before the run stops."""
+    skip_nonfinite: Annotated[int, Field(ge=0, le=3)] = 0
+    """Steps in a row, 3 at most, whose update is left out because loss or gradient is not finite, before the run
+    stops."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
