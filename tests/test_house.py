@@ -228,6 +228,14 @@ def test_help_loads_nothing_heavy(command: str) -> None:
     assert heavy & set(loaded) == set()
 
 
+def test_the_tools_of_the_data_start_without_torch() -> None:
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "data_tools").rglob("*.py")]
+    names = [name.removesuffix(".__init__") for name in modules if not name.endswith("__main__")]
+    program = f"import importlib, sys\n[importlib.import_module(n) for n in {names}]\nprint('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout.strip() == "False", "importing it takes seconds, once in each process of a conversion"
+
+
 def test_the_core_depends_on_few_libraries_by_floors() -> None:
     needed = PROJECT["dependencies"]
     assert len(needed) <= 20

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, Rendered, cut
-from mmit.data.images import PictureFit, decode, reuse_memory
+from mmit.data.fit import PictureFit
+from mmit.data.images import decode, reuse_memory
 from mmit.data.order import Occurrence, Order
 from mmit.data.packing import Costs, Example, Load, Row, deal, pack
 from mmit.data.remote import RemoteError

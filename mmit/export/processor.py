@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mmit.data.images import PictureFit
+from mmit.data.fit import PictureFit
 from mmit.export.towers import select_strategy
 from mmit.model.saved import Saved
 from mmit.model.vision import VisionTower

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from mmit.data.images import decode, normalise
+from mmit.data.fit import normalise
+from mmit.data.images import decode
 from mmit.data.packing import Example, pack
 from mmit.data.sample import ImagePart, Message, message
 from mmit.export.llava import ExportError

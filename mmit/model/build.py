@@ -26,7 +26,7 @@ from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
 from mmit.data.chat_formats import stands_for_nothing
-from mmit.data.images import PictureFit, Policy
+from mmit.data.fit import PictureFit, Policy
 from mmit.model.files import provenance, revision_of, split_revision
 from mmit.model.pretrained import load_tokenizer, load_whole
 from mmit.model.projector import build_projector

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.chat import Chat
-from mmit.data.images import PictureFit
+from mmit.data.fit import PictureFit
 from mmit.model.build import Assembly, add_lora, assemble, pinned, restore
 from mmit.model.files import read_tensors
 from mmit.model.sources import chat_format

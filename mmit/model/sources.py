@@ -29,7 +29,7 @@ from transformers.utils.hub import cached_file
 from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.chat_formats import ChatFormat
-from mmit.data.images import Policy
+from mmit.data.fit import Policy
 from mmit.model.build import (
     Assembly,
     attention_implementation,

@@ -22,7 +22,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mmit.config import ConfigError, Vision
-from mmit.data.images import PictureFit, normalise
+from mmit.data.fit import PictureFit, normalise
 from mmit.model.tower_parts import TowerParts
 from mmit.model.towers_open_clip import open_clip_tower
 from mmit.model.towers_transformers import transformers_tower

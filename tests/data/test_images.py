@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 
-from mmit.data.images import MAX_BYTES, PictureFit, decode, ending_of, header, normalise, size_of
+from mmit.data.fit import PictureFit, normalise
+from mmit.data.images import MAX_BYTES, decode, ending_of, header, size_of
 from mmit.data.sample import SampleError
 from tests.data.pictures import encode, noise
 

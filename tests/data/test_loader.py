@@ -18,7 +18,8 @@ import torch
 from mmit.data import loader
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.chat import Chat, resolve
-from mmit.data.images import PictureFit, decode
+from mmit.data.fit import PictureFit
+from mmit.data.images import decode
 from mmit.data.loader import Encoder, Rendering, Step, Steps, load
 from mmit.data.order import Order, Origin
 from mmit.data.packing import Row

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmit.data.images import normalise
+from mmit.data.fit import normalise
 from mmit.export.llava import ExportError
 from mmit.export.processor import speaking_tokenizer
 from mmit.export.verify import probes, rendered, said

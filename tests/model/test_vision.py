@@ -27,7 +27,7 @@ from transformers import (
 
 from mmit.config import ConfigError, Vision
 from mmit.data.cache import RecordCache
-from mmit.data.images import normalise
+from mmit.data.fit import normalise
 from mmit.model.vision import CachedTower, VisionTower, build_vision
 
 Select = Literal["patch", "cls_patch", "cls"]

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mmit.config import ConfigError, Train
-from mmit.data.images import normalise
+from mmit.data.fit import normalise
 from mmit.data.packing import Row
 from mmit.model.build import Assembly, set_modes
 from mmit.training.data import StageData
