@@ -241,32 +241,53 @@ def png_of(pixels: np.ndarray, where: str) -> bytes:
     return stream.getvalue()
 
 
+class _Spans:
+    """Those bytes of a file that stay. Most files lose nothing, and are then not copied."""
+
+    def __init__(self, data: bytes, end: int) -> None:
+        self.data = data
+        self.spans = [[0, end]]
+
+    def keep(self, start: int, end: int) -> None:
+        if self.spans[-1][1] == start:
+            self.spans[-1][1] = end
+        else:
+            self.spans.append([start, end])
+
+    def joined(self) -> bytes:
+        if self.spans == [[0, len(self.data)]]:
+            return self.data
+        view = memoryview(self.data)
+        return b"".join(view[start:end] for start, end in self.spans)
+
+
 def _clean_jpeg(data: bytes) -> bytes:
     """ITU-T T.81 Annex B: markers, segments and scans up to the end of the first image."""
-    kept, position = [data[:2]], 2
+    kept, position = _Spans(data, 2), 2
     markers: Iterator[int] | None = None
     while position < len(data):
         if data[position] != 0xFF:
             raise ValueError("no marker where one must be")
         while data[position] == 0xFF:
             position += 1
-        marker, position = data[position], position + 1
+        marker, start = data[position], position - 1
         if marker == 0xD9:
-            return b"".join([*kept, b"\xff\xd9"])
-        (length,) = struct.unpack_from(">H", data, position)
-        start, position = position, position + length
+            kept.keep(start, start + 2)
+            return kept.joined()
+        (length,) = struct.unpack_from(">H", data, start + 2)
+        position = min(start + 2 + length, len(data))
         named = JPEG_NAMED.get(marker)
-        if data.startswith(named, start + 2) if named else not (0xE0 <= marker <= 0xEF or marker == 0xFE):
-            kept.append(bytes((0xFF, marker)) + data[start:position])
+        if data.startswith(named, start + 4) if named else not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.keep(start, position)
         if marker == 0xDA:
             if markers is None:
                 markers = _markers(data, position)
             end = next(markers, len(data))
             while end < position:
                 end = next(markers, len(data))
-            kept.append(data[position:end])
+            kept.keep(position, end)
             position = end
-    return b"".join(kept)
+    return kept.joined()
 
 
 JPEG_NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
@@ -275,23 +296,24 @@ JPEG_NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
 def _markers(data: bytes, start: int) -> Iterator[int]:
     """Where markers stand from `start` on, but for restarts (D0 to D7) and stuffed or filling FF."""
     values = np.frombuffer(data, dtype=np.uint8)
-    places = np.flatnonzero((values[start:-1] == 0xFF) & (values[start + 1 :] != 0)) + start
+    places = np.flatnonzero(values[start:-1] == 0xFF) + start
     kinds = values[places + 1]
-    return iter(places[(kinds != 0xFF) & ((kinds < 0xD0) | (kinds > 0xD7))].tolist())
+    real = (kinds != 0) & (kinds != 0xFF) & ((kinds < 0xD0) | (kinds > 0xD7))
+    return iter(places[real].tolist())
 
 
 def _clean_png(data: bytes) -> bytes:
     """PNG third edition, section 5: the chunks that decide pixels, and no text, time or private ones."""
-    kept, position = [data[:8]], 8
+    kept, position = _Spans(data, 8), 8
     while True:
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if end > len(data):
             raise ValueError("cut inside a chunk")
         if kind in PNG_CHUNKS:
-            kept.append(data[position:end])
+            kept.keep(position, end)
         if kind == b"IEND":
-            return b"".join(kept)
+            return kept.joined()
         position = end
 
 

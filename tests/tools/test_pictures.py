@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from data_tools.album import Album, develop, read, unread
+from data_tools.album import Album, develop, read, unread, without_metadata
 from data_tools.convert import Settings, convert
 from data_tools.quality.pictures import prints_of
 from data_tools.quality.subset import silent
@@ -115,6 +115,15 @@ def test_a_cut_picture_is_refused_wherever_it_is_cut(kind: str) -> None:
             continue
         # Only what trails the picture was cut off.
         assert np.array_equal(decode(picture.data or b"", "p"), good)
+
+
+def test_a_scan_header_that_reaches_past_the_end_does_not_hang() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(stream, "JPEG", progressive=True)
+    last = stream.getvalue().rindex(b"\xff\xda")
+    for end in range(last, last + 12):
+        cut = stream.getvalue()[:end]
+        assert without_metadata(cut, ending="jpg", orientation=1) in (None, cut)
 
 
 def test_deep_pictures_keep_their_window_and_16_bits() -> None:
