@@ -35,9 +35,9 @@ from data_tools.turns import stripped
 from mmit.config import ConfigError, Source
 from mmit.data.images import reuse_memory
 from mmit.data.provenance import CONVERSION, REJECTED, beside
-from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart, check, to_json
+from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart
 from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, WrittenShard
-from mmit.data.shard_writer import TAR, TEMPORARY, shard_name, write_index, write_shard
+from mmit.data.shard_writer import TAR, TEMPORARY, Stored, shard_name, stored, write_index, write_shard
 from mmit.data.shards import ShardSet
 
 WORK = ".unfinished"
@@ -352,7 +352,7 @@ def _shard(
     lost = absent = 0
     name = plain_name(source) or "row"
 
-    def good() -> Iterator[Sample]:
+    def good() -> Iterator[Stored]:
         nonlocal lost, absent
         for offset, item in enumerate(items):
             row = number * settings.rows_per_shard + offset
@@ -370,7 +370,7 @@ def _shard(
             lost += fewer
             yield sample
 
-    shard = write_shard(out / shard_name(number), good(), measured=True)
+    shard = write_shard(out / shard_name(number), good())
     if not shard.rows:
         (out / shard_name(number)).unlink()
         shard = None
@@ -379,7 +379,7 @@ def _shard(
     return outcome
 
 
-def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) -> tuple[Sample, bool]:
+def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) -> tuple[Stored, bool]:
     """The sample with its pictures, as it will be stored; and whether it lost one that is missing."""
     pictures: list[Picture | None] = []
     for picture in item.images:
@@ -404,13 +404,9 @@ def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) 
     fewer = len(kept) < len(pictures)
     if fewer:
         sample = _without(sample, {n for n, picture in enumerate(pictures) if picture is None}, where)
-    sample = check(replace(sample, images=tuple(kept)), where)
-    _check_boxes(sample, where)
-    try:
-        to_json(sample).encode()
-    except (TypeError, ValueError) as error:
-        raise SampleError(f"{where}: cannot be stored as JSON ({error}); use plain texts, numbers and lists") from None
-    return sample, fewer
+    ready = stored(replace(sample, images=tuple(kept)), where)
+    _check_boxes(ready.sample, where)
+    return ready, fewer
 
 
 def _check_boxes(sample: Sample, where: str) -> None:

@@ -7,18 +7,18 @@ when. `ShardWriter` writes a whole set; `write_shard` and `write_index` are its 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from mmit.data.images import header
-from mmit.data.sample import Picture, Sample, SampleError, TextPart, check, to_json
+from mmit.data.sample import COMPACT, Picture, Sample, SampleError, TextPart, check, to_json
 from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter, SampleRow, ShardEntry, WrittenShard, read_index, seal
 
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
@@ -34,14 +34,31 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[Sample], *, measured: bool = False) -> WrittenShard:
-    """Write one tar, complete under its name or not there at all.
+@dataclass(frozen=True)
+class Stored:
+    """A sample as a tar holds it: found to be right, its pictures what it says they are, its JSON made."""
 
-    `measured`: the caller has just found size, hash and ending of every picture from its bytes, so they are not opened
-    and hashed a second time. What the samples say is then believed.
+    sample: Sample
+    json: bytes
+
+
+def stored(sample: Sample, where: str) -> Stored:
+    """The sample checked and as JSON; what it says of its pictures is believed, as by whoever has just measured them.
+
+    `SampleError` at `where` if a part cannot be right or meta is nothing that JSON holds.
     """
     try:
-        with _Tar(path, measured=measured) as tar:
+        return Stored(sample, to_json(check(sample, where)).encode())
+    except SampleError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise SampleError(f"{where}: cannot be stored as JSON ({error}); use plain texts, numbers and lists") from None
+
+
+def write_shard(path: Path, samples: Iterable[Sample | Stored]) -> WrittenShard:
+    """Write one tar, complete under its name or not there at all; what is `Stored` is not checked a second time."""
+    try:
+        with _Tar(path) as tar:
             for sample in samples:
                 tar.add(sample)
             return tar.finish()
@@ -151,9 +168,8 @@ def _claim(folder: Path, overwrite: bool) -> None:
 class _Tar:
     """One tar growing under a temporary name."""
 
-    def __init__(self, path: Path, *, measured: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.measured = measured
         self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self.file: IO[bytes] = self.temporary.open("wb")
         self.hash = hashlib.sha256()
@@ -170,28 +186,24 @@ class _Tar:
         if not self.file.closed:
             self.abandon()
 
-    def add(self, sample: Sample) -> None:
-        where = f"{self.path.name}:{sample.key}"
-        _check_key(sample.key, self.keys, where)
-        pictures = [
-            picture.data
-            if self.measured and picture.data is not None
-            else checked(picture, f"{where}: picture {number}")
-            for number, picture in enumerate(check(sample, where).images)
-        ]
-        try:
-            text = to_json(sample).encode()
-        except (UnicodeEncodeError, TypeError) as error:
-            raise SampleError(
-                f"{where}: cannot be written as JSON ({type(error).__name__}: {error}); texts must be whole Unicode "
-                f"characters and meta plain JSON values"
-            ) from error
+    def add(self, item: Sample | Stored) -> None:
+        ready = item if isinstance(item, Stored) else self._checked(item)
+        sample = ready.sample
+        _check_key(sample.key, self.keys, f"{self.path.name}:{sample.key}")
         start = self.position
-        self._member(f"{sample.key}.json", text)
-        for number, data in enumerate(pictures):
-            self._member(f"{sample.key}.{number}.{sample.images[number].ending}", data)
+        self._member(f"{sample.key}.json", ready.json)
+        for number, picture in enumerate(sample.images):
+            assert picture.data is not None
+            self._member(f"{sample.key}.{number}.{picture.ending}", picture.data)
         self.keys.add(sample.key)
-        self.rows.append(row_of(sample, start, self.position - start, len(text)))
+        self.rows.append(row_of(sample, start, self.position - start, len(ready.json)))
+
+    def _checked(self, sample: Sample) -> Stored:
+        where = f"{self.path.name}:{sample.key}"
+        ready = stored(sample, where)
+        for number, picture in enumerate(sample.images):
+            checked(picture, f"{where}: picture {number}")
+        return ready
 
     def finish(self) -> WrittenShard:
         self._write(bytes(2 * BLOCK))
@@ -256,7 +268,7 @@ def row_of(sample: Sample, offset: int, size: int, json_bytes: int) -> SampleRow
         heights=tuple(picture.height for picture in sample.images),
         sha256=tuple(bytes.fromhex(picture.sha256) for picture in sample.images),
         characters=sum(len(part.text) for item in sample.messages for part in item.parts if isinstance(part, TextPart)),
-        meta=json.dumps(dict(sample.meta), ensure_ascii=False, sort_keys=True, separators=(",", ":")),
+        meta=COMPACT.encode(dict(sample.meta)),
     )
 
 

@@ -25,7 +25,7 @@ from webdataset.compat import WebDataset
 
 from mmit.data.sample import Sample, SampleError
 from mmit.data.shard_index import WrittenShard
-from mmit.data.shard_writer import KEY, ShardWriter, member_header, shard_name, write_index, write_shard
+from mmit.data.shard_writer import KEY, ShardWriter, member_header, shard_name, stored, write_index, write_shard
 from mmit.data.shards import ShardSet, verify, write_shards
 from tests.data.pictures import PICTURES, mixed, picture, sample
 
@@ -120,12 +120,14 @@ def test_headers_are_those_of_tarfile(key: str, size: int) -> None:
     assert member_header(member.name, size) == member.tobuf(tarfile.USTAR_FORMAT)
 
 
-def test_measured_pictures_are_written_to_the_same_bytes_and_not_hashed_again(
+def test_stored_samples_are_written_to_the_same_bytes_and_not_checked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = write_shard(tmp_path / "a.tar", mixed())
-    monkeypatch.setattr("mmit.data.shard_writer.checked", lambda *_: pytest.fail("checked again"))
-    second = write_shard(tmp_path / "b.tar", mixed(), measured=True)
+    ready = [stored(item, "") for item in mixed()]
+    for name in ("check", "checked", "to_json"):
+        monkeypatch.setattr(f"mmit.data.shard_writer.{name}", lambda *_: pytest.fail("checked again"))
+    second = write_shard(tmp_path / "b.tar", ready)
     assert (first.entry.sha256, first.rows) == (second.entry.sha256, second.rows)
 
 

@@ -68,11 +68,11 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
     written: list[str] = []
     write = module.write_shard
 
-    def counting(path: Path, samples: Any, *, measured: bool) -> Any:
+    def counting(path: Path, samples: Any) -> Any:
         if len(written) == stop:
             raise KeyboardInterrupt
         written.append(path.name)
-        return write(path, samples, measured=measured)
+        return write(path, samples)
 
     monkeypatch.setattr(module, "write_shard", counting)
     with pytest.raises(KeyboardInterrupt):
@@ -80,7 +80,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
     with pytest.raises(SampleError, match="not finished"):
         ShardSet(tmp_path / "out")
     monkeypatch.setattr(
-        module, "write_shard", lambda path, *rest, **how: (written.append(path.name), write(path, *rest, **how))[1]
+        module, "write_shard", lambda path, samples: (written.append(path.name), write(path, samples))[1]
     )
     convert("llava", path, photos, tmp_path / "out", settings=SMALL)
     assert files(tmp_path / "out") == files(tmp_path / "straight")
@@ -294,9 +294,7 @@ def test_a_source_is_converted_once_until_its_content_changes(
     path = rows_with(photos, 3)
     calls: list[str] = []
     write = module.write_shard
-    monkeypatch.setattr(
-        module, "write_shard", lambda path, *rest, **how: (calls.append(path.name), write(path, *rest, **how))[1]
-    )
+    monkeypatch.setattr(module, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
     source = Source.model_validate({"llava": str(path), "images": str(photos)})
     first = converted(source, tmp_path / "cache")
     assert converted(source, tmp_path / "cache") == first
@@ -315,9 +313,7 @@ def test_two_at_once_convert_once(photos: Path, tmp_path: Path, monkeypatch: pyt
     path = rows_with(photos, 20)
     calls: list[str] = []
     write = module.write_shard
-    monkeypatch.setattr(
-        module, "write_shard", lambda path, *rest, **how: (calls.append(path.name), write(path, *rest, **how))[1]
-    )
+    monkeypatch.setattr(module, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
     source = Source.model_validate({"llava": str(path), "images": str(photos)})
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: converted(source, tmp_path / "cache"), range(4)))
