@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 
 from mmit.data.fit import PictureFit, normalise
-from mmit.data.images import MAX_BYTES, decode, ending_of, header, size_of
+from mmit.data.images import MAX_BYTES, MAX_PIXELS, decode, ending_of, header, size_of
 from mmit.data.sample import SampleError
 from tests.data.pictures import encode, noise
 
@@ -454,6 +454,36 @@ def test_a_damaged_picture_is_an_array_of_its_size_or_a_sample_error(
     else:
         assert found.startswith("shard:key: ")
         assert "0x" not in found
+
+
+@pytest.mark.parametrize(("mode", "progressive"), [("RGB", False), ("RGB", True), ("L", False), ("CMYK", False)])
+def test_the_header_of_a_damaged_jpeg_is_what_pillow_makes_of_it(mode: str, progressive: bool) -> None:
+    random = np.random.default_rng(3)
+    stream = io.BytesIO()
+    Image.fromarray(noise(30, 40)).convert(mode).save(
+        stream, "JPEG", progressive=progressive, comment=b"hi", icc_profile=b"a" * 99
+    )
+    whole = stream.getvalue()
+    jobs = [whole[:end] for end in range(2, 900)]
+    for _ in range(600):
+        damaged = bytearray(whole)
+        for place in random.integers(2, 800, random.choice([1, 3, 30])):
+            damaged[place] = random.choice([0xFF, 0, 0xD9, random.integers(256)])
+        jobs.append(bytes(damaged))
+    understood = 0
+    for data in jobs:
+        try:
+            theirs = Image.open(io.BytesIO(data), formats=["JPEG"]).size
+        except Exception:
+            theirs = None
+        try:
+            shown = header(data, "p")
+        except SampleError:
+            assert theirs is None or theirs[0] * theirs[1] > MAX_PIXELS or 0 in theirs
+        else:
+            understood += 1
+            assert theirs == ((shown.width, shown.height) if shown.orientation < 5 else (shown.height, shown.width))
+    assert 300 < understood < 1400
 
 
 @pytest.mark.parametrize("kind", KINDS)
