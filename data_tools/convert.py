@@ -1,8 +1,8 @@
 """Rows of any format -> a shard set, by any number of processes, to the same bytes.
 
-One process reads the rows and deals them out, a fixed number to a shard; workers read, check and clean the pictures
-and write each shard under its final name with a record beside it. Whoever starts the same command again finds the
-finished shards by their records. The index is written last, so a folder without one is unfinished.
+One process reads the rows and deals them out, a fixed number to a shard; it and its workers read, check and clean the
+pictures and write each shard under its final name with a record beside it. Whoever starts the same command again
+finds the finished shards by their records. The index is written last, so a folder without one is unfinished.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -284,31 +284,48 @@ def _outcomes(
                 yield number, batch
 
     waiting: deque[Future[Outcome] | Outcome] = deque()
-    pool: ProcessPoolExecutor | None = None
     queue = jobs()
     head = list(islice(queue, 2))
+    workers = _Workers(processes - 1) if processes > 1 and len(head) > 1 else None
+    reuse_memory()
     try:
-        if processes > 1 and len(head) > 1:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_tools.convert"])
-            pool = ProcessPoolExecutor(processes, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
-        else:
-            reuse_memory()
-        for number, batch in _chain(head, queue):
+        for number, batch in chain(head, queue):
+            arguments = (number, batch, file, source, settings, out)
             done = _recorded(out, number)
-            if done is not None:
-                waiting.append(done)
-            elif pool is None:
-                waiting.append(_shard(number, batch, file, source, settings, out))
+            if done is None and workers is not None and workers.free(waiting):
+                waiting.append(workers.pool.submit(_shard, *arguments))
             else:
-                waiting.append(pool.submit(_shard, number, batch, file, source, settings, out))
-            while len(waiting) > (processes + 1 if pool is not None else 0):
+                waiting.append(done or _shard(*arguments))
+            while waiting and (isinstance(waiting[0], Outcome) or waiting[0].done()):
                 yield _result(waiting.popleft())
         while waiting:
             yield _result(waiting.popleft())
     finally:
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+        if workers is not None:
+            workers.close()
+
+
+class _Workers:
+    """Processes beside this one, which works too: until they are up, and whenever each of them has a shard to spare."""
+
+    def __init__(self, number: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["data_tools.convert"])
+        self.number = number
+        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
+        self._starting = ThreadPoolExecutor(1)
+        self._up = self._starting.submit(lambda: self.pool.submit(os.getpid).result())
+
+    def free(self, waiting: Iterable[Future[Outcome] | Outcome]) -> bool:
+        """Whether one more shard would find a worker, now or when it is done with the one at hand."""
+        if not self._up.done():
+            return False
+        _result(self._up)  # a worker that was killed at its start must not go unnoticed
+        return sum(isinstance(item, Future) and not item.done() for item in waiting) < 2 * self.number
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self._starting.shutdown(wait=True)
 
 
 def leave_with(conversion: int) -> None:
@@ -326,13 +343,7 @@ def leave_with(conversion: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _chain(head: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
-    while head:
-        yield head.pop(0)
-    yield from rest
-
-
-def _result(item: Future[Outcome] | Outcome) -> Outcome:
+def _result(item: Future[Any] | Outcome) -> Any:
     if isinstance(item, Outcome):
         return item
     try:
