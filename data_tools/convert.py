@@ -8,39 +8,31 @@ finds the finished shards by their records. The index is written last, so a fold
 from __future__ import annotations
 
 import fcntl
-import gc
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, count, islice
+from dataclasses import asdict
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.album import MissingPicture, develop, missing
+from data_tools.album import missing
+from data_tools.finished import write_whole
 from data_tools.formats import FORMATS, options_for, samples_function, samples_of
-from data_tools.looks import need_imagehash, printed
+from data_tools.looks import need_imagehash
+from data_tools.one_shard import WORK, Outcome, one_shard, place_of, recorded
 from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
-from data_tools.rows import Placed, Rejected
-from data_tools.turns import stripped
+from data_tools.rows import Rejected
+from data_tools.workers import in_order
 from mmit.config import ConfigError, Source
-from mmit.data.images import reuse_memory
 from mmit.data.provenance import CONVERSION, REJECTED, beside
-from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart
-from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, WrittenShard
-from mmit.data.shard_writer import TAR, TEMPORARY, Stored, shard_name, stored, write_index, write_shard
+from mmit.data.sample import Sample, SampleError
+from mmit.data.shard_index import INDEX, UNFINISHED
+from mmit.data.shard_writer import TAR, TEMPORARY, write_index
 from mmit.data.shards import ShardSet
 
-WORK = ".unfinished"
 PLAN = "plan.json"
 RECORD = re.compile(r"\d{6}\.json")
 MOST_SHARDS = 10**6
@@ -52,20 +44,6 @@ COUNTS = ("rows", "samples", "rejected", "missing", "without_pictures")
 
 class RejectedRows(SampleError):
     """Some rows became no sample. The shard set of the others is complete."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of the rows of one shard."""
-
-    number: int
-    rows: int
-    shard: WrittenShard | None
-    rejected: tuple[Rejected, ...]
-    missing: int
-    """Of the rejected rows, those whose picture is missing."""
-    without_pictures: int
-    """Samples that lost a missing picture under `on_missing: text-only`."""
 
 
 def convert(
@@ -215,7 +193,7 @@ def _start(out: Path, plan: dict[str, Any], root: Path | None) -> None:
             path.unlink()
     if not same:
         note.parent.mkdir(exist_ok=True)
-        _write(note, json.dumps(begun, indent=1))
+        write_whole(note, json.dumps(begun, indent=1))
 
 
 def _refuse_missing(
@@ -238,7 +216,7 @@ def _refuse_missing(
         absent = missing(item)
         rows += bool(absent)
         for picture in absent:
-            names.setdefault(picture, _place_of(item, path.name, number))
+            names.setdefault(picture, place_of(item, path.name, number))
     if names:
         shown = "".join(f"\n  {name}   ({where})" for name, where in islice(names.items(), 20))
         more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
@@ -256,10 +234,6 @@ def _ours(shard: int, part: tuple[int, int] | None) -> bool:
     return part is None or shard % part[1] == part[0] - 1
 
 
-def _place_of(item: Sample | Rejected, file: str, number: int) -> str:
-    return item.where if isinstance(item, Placed) else f"{file} row {number}"
-
-
 def _outcomes(
     items: Iterable[Sample | Rejected],
     file: str,
@@ -272,7 +246,7 @@ def _outcomes(
     """The outcome of each shard in order; no more rows in memory than the processes are working on."""
     size = settings.rows_per_shard
 
-    def jobs() -> Iterator[tuple[int, list[Sample | Rejected]]]:
+    def jobs() -> Iterator[tuple[Any, ...]]:
         rows = iter(items)
         for number in count():
             batch = list(islice(rows, size))
@@ -281,241 +255,17 @@ def _outcomes(
             if number == MOST_SHARDS:
                 raise ConfigError(f"more than {MOST_SHARDS:,} shards of {size:,} rows; raise --rows-per-shard")
             if _ours(number, part):
-                yield number, batch
+                yield number, batch, file, source, settings, out
 
-    waiting: deque[Future[Outcome] | Outcome] = deque()
-    queue = jobs()
-    head = list(islice(queue, 2))
-    workers = _Workers(processes - 1) if processes > 1 and len(head) > 1 else None
-    reuse_memory()
-    try:
-        for number, batch in chain(head, queue):
-            arguments = (number, batch, file, source, settings, out)
-            done = _recorded(out, number)
-            if done is None and workers is not None and workers.free(waiting):
-                waiting.append(workers.pool.submit(_shard, *arguments))
-            else:
-                waiting.append(done or _shard(*arguments))
-            while waiting and (isinstance(waiting[0], Outcome) or waiting[0].done()):
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
-    finally:
-        if workers is not None:
-            workers.close()
+    return in_order(one_shard, jobs(), processes, preload="data_tools.one_shard")
 
 
-class _Workers:
-    """Processes beside this one, which works too: until they are up, and whenever each of them has a shard to spare."""
-
-    def __init__(self, number: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data_tools.convert"])
-        self.number = number
-        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
-        self._starting = ThreadPoolExecutor(1)
-        self._up = self._starting.submit(lambda: self.pool.submit(os.getpid).result())
-
-    def free(self, waiting: Iterable[Future[Outcome] | Outcome]) -> bool:
-        """Whether one more shard would find a worker, now or when it is done with the one at hand."""
-        if not self._up.done():
-            return False
-        _result(self._up)  # a worker that was killed at its start must not go unnoticed
-        return sum(isinstance(item, Future) and not item.done() for item in waiting) < 2 * self.number
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self._starting.shutdown(wait=True)
-
-
-def leave_with(conversion: int) -> None:
-    """Ends this worker when the process that converts is gone: a killed conversion leaves nothing running."""
-    gc.freeze()  # the libraries' objects stay; looking through them again and again took a fifth of the time
-    reuse_memory()
-
-    def watch() -> None:
-        with suppress(ProcessLookupError):
-            while True:
-                os.kill(conversion, 0)
-                time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _result(item: Future[Any] | Outcome) -> Any:
-    if isinstance(item, Outcome):
-        return item
-    try:
-        return item.result()
-    except BrokenProcessPool:
-        raise SampleError(
-            "a worker process was killed, most likely for want of memory; the same command with fewer --processes or "
-            "rows_per_shard goes on where this one stopped"
-        ) from None
-
-
-def _shard(
-    number: int, items: list[Sample | Rejected], file: str, source: str, settings: Settings, out: Path
-) -> Outcome:
-    """Writes one shard and, after it, the record that it is done."""
-    rejected: list[Rejected] = []
-    lost = absent = 0
-    name = plain_name(source) or "row"
-
-    def good() -> Iterator[Stored]:
-        nonlocal lost, absent
-        for offset, item in enumerate(items):
-            row = number * settings.rows_per_shard + offset
-            if isinstance(item, Rejected):
-                rejected.append(item)
-                continue
-            where = _place_of(item, file, row)
-            try:
-                sample, fewer = _ready(item, f"{name}-{row:09d}", source, where, settings)
-            except SampleError as error:
-                placed = item if isinstance(item, Placed) else Placed("", "", (), file=file, row=row, name=item.key)
-                rejected.append(Rejected(placed.file, placed.row, placed.name, str(error)))
-                absent += isinstance(error, MissingPicture)
-                continue
-            lost += fewer
-            yield sample
-
-    shard = write_shard(out / shard_name(number), good())
-    if not shard.rows:
-        (out / shard_name(number)).unlink()
-        shard = None
-    outcome = Outcome(number, len(items), shard, tuple(rejected), absent, lost)
-    _write(out / WORK / f"{number:06d}.json", json.dumps(_record(outcome)))
-    return outcome
-
-
-def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) -> tuple[Stored, bool]:
-    """The sample with its pictures, as it will be stored; and whether it lost one that is missing."""
-    pictures: list[Picture | None] = []
-    for picture in item.images:
-        try:
-            pictures.append(
-                develop(
-                    picture,
-                    where,
-                    decode_pixels=settings.decode,
-                    keep_metadata=settings.keep_metadata,
-                    window=settings.window,
-                    look=printed if settings.prints else None,
-                )
-            )
-        except MissingPicture:
-            if settings.on_missing != "text-only":
-                raise
-            pictures.append(None)
-    meta = dict(item.meta) | ({"key": item.key} if item.key else {})
-    sample = Sample(key, item.source or source, item.messages, item.images, meta)
-    kept = [picture for picture in pictures if picture is not None]
-    fewer = len(kept) < len(pictures)
-    if fewer:
-        sample = _without(sample, {n for n, picture in enumerate(pictures) if picture is None}, where)
-    ready = stored(replace(sample, images=tuple(kept)), where)
-    _check_boxes(ready.sample, where)
-    return ready, fewer
-
-
-def _check_boxes(sample: Sample, where: str) -> None:
-    """Corners read as width and height, or boxes of another size of the picture, would else be clipped silently.
-
-    Real boxes reach a little over the edge; a tenth of the side is no accident.
-    """
-    for part in (part for item in sample.messages for part in item.parts if isinstance(part, BoxPart)):
-        shown = sample.images[part.image]
-        across = max(-part.left, part.right - shown.width) / shown.width
-        down = max(-part.top, part.bottom - shown.height) / shown.height
-        if max(across, down) > 0.1:
-            raise SampleError(
-                f"{where}: the box [{part.left:g}, {part.top:g}, {part.right:g}, {part.bottom:g}] reaches out of its "
-                f"picture of {shown.width} x {shown.height}; are its numbers corners, or of another size of it?"
-            )
-
-
-def _without(sample: Sample, gone: set[int], where: str) -> Sample:
-    """The sample without these pictures and the parts that show them."""
-    number = {old: new for new, old in enumerate(n for n in range(len(sample.images)) if n not in gone)}
-    messages = []
-    for item in sample.messages:
-        parts = []
-        for part in item.parts:
-            match part:
-                case ImagePart(image):
-                    parts += [ImagePart(number[image])] if image in number else []
-                case BoxPart(image) | VideoPart((image, *_)) if not {image} <= number.keys():
-                    raise SampleError(f"{where}: speaks of a place in a missing picture; leave the row out")
-                case BoxPart():
-                    parts.append(replace(part, image=number[part.image]))
-                case VideoPart():
-                    parts.append(replace(part, frames=tuple(number[frame] for frame in part.frames)))
-                case _:
-                    parts.append(part)
-        messages.append(replace(item, parts=stripped(parts)))
-    if not any(item.train and item.parts for item in messages):
-        raise SampleError(f"{where}: without its missing pictures no answer is left")
-    return replace(sample, messages=tuple(messages))
-
-
-# Records of finished shards, and the end ------------------------------------------------------------------------------
-
-
-def _record(outcome: Outcome) -> dict[str, Any]:
-    shard = outcome.shard
-    return {
-        "number": outcome.number,
-        "rows": outcome.rows,
-        "shard": None
-        if shard is None
-        else {
-            "entry": asdict(shard.entry),
-            # asdict would copy each row deeply, a sixth of the time of converting it.
-            "rows": [vars(row) | {"sha256": [value.hex() for value in row.sha256]} for row in shard.rows],
-        },
-        "rejected": [asdict(item) for item in outcome.rejected],
-        "missing": outcome.missing,
-        "without_pictures": outcome.without_pictures,
-    }
-
-
-def _recorded(out: Path, number: int) -> Outcome | None:
-    """The outcome of a shard that an earlier run finished and that still has its size."""
-    path = out / WORK / f"{number:06d}.json"
-    if not path.exists():
-        return None
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # a power cut may leave an empty file
-        return None
-    shard = None
-    if record["shard"] is not None:
-        entry = ShardEntry(**record["shard"]["entry"])
-        tar = out / entry.name
-        if not tar.exists() or tar.stat().st_size != entry.bytes:
-            return None
-        shard = WrittenShard(entry, tuple(_row(row) for row in record["shard"]["rows"]))
-    rejected = tuple(Rejected(**item) for item in record["rejected"])
-    return Outcome(record["number"], record["rows"], shard, rejected, record["missing"], record["without_pictures"])
-
-
-def _row(record: dict[str, Any]) -> SampleRow:
-    lists: dict[str, Any] = {name: tuple(record[name]) for name in ("widths", "heights")}
-    lists["sha256"] = tuple(bytes.fromhex(value) for value in record["sha256"])
-    return SampleRow(**record | lists)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+# The end: every row accounted for ------------------------------------------------------------------------------
 
 
 def _all_recorded(out: Path) -> Iterator[Outcome]:
     for path in sorted((out / WORK).glob("[0-9]*.json")):
-        outcome = _recorded(out, int(path.stem))
+        outcome = recorded(out, int(path.stem))
         if outcome is not None:
             yield outcome
 
@@ -547,7 +297,7 @@ def _finish(out: Path, plan: dict[str, Any], path: Path, rows: int) -> None:
         summary["rejected_by_shard"] = by_shard  # so that `merge` lists them in the order of one run
     elif summary["samples"] == 0:
         raise _nothing(path, out, summary)
-    _write(out / CONVERSION, json.dumps(summary, indent=1) + "\n")
+    write_whole(out / CONVERSION, json.dumps(summary, indent=1) + "\n")
     write_index(out, (outcome.shard for outcome in _all_recorded(out) if outcome.shard is not None))
     _tidy(out, summary)
 

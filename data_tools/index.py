@@ -8,18 +8,17 @@ on the folder is a shard set like any other, read by offset in any order. What n
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_tools.album import develop, unread
-from data_tools.convert import RejectedRows, leave_with
+from data_tools.convert import RejectedRows
 from data_tools.formats.webdataset import sample_of_members
 from data_tools.rows import Rejected, Row
 from data_tools.tars import PICTURES, Group, Member, groups, is_plain
+from data_tools.workers import in_order
 from mmit.config import ConfigError
 from mmit.data.provenance import REJECTED
 from mmit.data.sample import Sample, SampleError, check, to_json
@@ -63,7 +62,8 @@ def index(
     samples, rejected, first = 0, 0, []
     try:
         with IndexWriter(folder, in_place=True) as writer, listed.open("w", encoding="utf-8") as out:
-            for done, (shard, refused) in enumerate(_scanned(tars, reading, processes), start=1):
+            jobs = ((tar, reading) for tar in tars)
+            for done, (shard, refused) in enumerate(in_order(scan, jobs, processes, preload="data_tools.index"), 1):
                 writer.add(shard)
                 samples, rejected = samples + shard.entry.samples, rejected + len(refused)
                 first += [item.reason for item in refused][: 5 - len(first)]
@@ -118,23 +118,6 @@ def _tars_of(folder: Path) -> list[Path]:
 
 
 Scanned = tuple[WrittenShard, list[Rejected]]
-
-
-def _scanned(tars: list[Path], reading: Reading, processes: int) -> Iterator[Scanned]:
-    """What is in each tar, in their order, a few tars ahead."""
-    if processes <= 1 or len(tars) == 1:
-        yield from (scan(tar, reading) for tar in tars)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_tools.index"])
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=leave_with, initargs=(os.getpid(),)) as pool:
-        waiting: list[Future[Scanned]] = []
-        for tar in tars:
-            waiting.append(pool.submit(scan, tar, reading))
-            if len(waiting) > processes + 1:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
 
 
 def scan(tar: Path, reading: Reading) -> Scanned:

@@ -14,17 +14,18 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.finished import read_record, record_of, shard_in, write_whole
 from data_tools.plan import only_writer, plain_name
 from mmit.config import ConfigError
 from mmit.data.provenance import CONVERSION, PROVENANCE, beside, licenses
 from mmit.data.sample import Sample, SampleError
-from mmit.data.shard_index import INDEX, UNFINISHED, SampleRow, ShardEntry, WrittenShard
+from mmit.data.shard_index import INDEX, UNFINISHED, WrittenShard
 from mmit.data.shard_writer import KEY, TEMPORARY, shard_name, write_index, write_shard
 from mmit.data.shards import ShardSet
 
@@ -205,8 +206,7 @@ def _copied(shards: ShardSet, number: int, leave: np.ndarray, out: Path, progres
     record = out / WORK / f"{number:06d}.json"
     if _shard(record) is None:
         shard = write_shard(out / shard_name(number), (_named(shards.read(i), i) for i in kept))
-        rows = [asdict(row) | {"sha256": [value.hex() for value in row.sha256]} for row in shard.rows]
-        _write(record, {"entry": asdict(shard.entry), "rows": rows})
+        write_whole(record, json.dumps(record_of(shard), ensure_ascii=False))
     progress("write", start + shards.shard_sizes[number], len(shards))
     return record
 
@@ -220,18 +220,8 @@ def _named(sample: Sample, number: int) -> Sample:
 
 def _shard(record: Path) -> WrittenShard | None:
     """The finished shard that a record tells of, if its tar has the size it was written with."""
-    if not record.exists():
-        return None
-    content = json.loads(record.read_text(encoding="utf-8"))
-    entry = ShardEntry(**content["entry"])
-    tar = record.parents[1] / entry.name
-    if not tar.exists() or tar.stat().st_size != entry.bytes:
-        return None
-    rows = []
-    for row in content["rows"]:
-        lists = {"widths": tuple(row["widths"]), "heights": tuple(row["heights"])}
-        rows.append(SampleRow(**row | lists | {"sha256": tuple(bytes.fromhex(value) for value in row["sha256"])}))
-    return WrittenShard(entry, tuple(rows))
+    content = read_record(record)
+    return shard_in(record.parents[1], content) if content is not None else None
 
 
 def _provenance(
@@ -254,6 +244,4 @@ def _provenance(
 
 
 def _write(path: Path, record: Any) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")

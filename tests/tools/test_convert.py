@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import data_tools.convert as module
+import data_tools.one_shard as one
 from data_tools.album import unread
 from data_tools.cli import main
 from data_tools.convert import RejectedRows, Settings, conversion, convert, converted
@@ -66,7 +67,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
     path = rows_with(photos, 30)
     convert("llava", path, photos, tmp_path / "straight", settings=SMALL)
     written: list[str] = []
-    write = module.write_shard
+    write = one.write_shard
 
     def counting(path: Path, samples: Any) -> Any:
         if len(written) == stop:
@@ -74,14 +75,12 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
         written.append(path.name)
         return write(path, samples)
 
-    monkeypatch.setattr(module, "write_shard", counting)
+    monkeypatch.setattr(one, "write_shard", counting)
     with pytest.raises(KeyboardInterrupt):
         convert("llava", path, photos, tmp_path / "out", settings=SMALL)
     with pytest.raises(SampleError, match="not finished"):
         ShardSet(tmp_path / "out")
-    monkeypatch.setattr(
-        module, "write_shard", lambda path, samples: (written.append(path.name), write(path, samples))[1]
-    )
+    monkeypatch.setattr(one, "write_shard", lambda path, samples: (written.append(path.name), write(path, samples))[1])
     convert("llava", path, photos, tmp_path / "out", settings=SMALL)
     assert files(tmp_path / "out") == files(tmp_path / "straight")
     assert len(written) == 5, "a finished shard is not written again"
@@ -293,8 +292,8 @@ def test_a_source_is_converted_once_until_its_content_changes(
 ) -> None:
     path = rows_with(photos, 3)
     calls: list[str] = []
-    write = module.write_shard
-    monkeypatch.setattr(module, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
+    write = one.write_shard
+    monkeypatch.setattr(one, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
     source = Source.model_validate({"llava": str(path), "images": str(photos)})
     first = converted(source, tmp_path / "cache")
     assert converted(source, tmp_path / "cache") == first
@@ -312,8 +311,8 @@ def test_a_source_is_converted_once_until_its_content_changes(
 def test_two_at_once_convert_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = rows_with(photos, 20)
     calls: list[str] = []
-    write = module.write_shard
-    monkeypatch.setattr(module, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
+    write = one.write_shard
+    monkeypatch.setattr(one, "write_shard", lambda path, samples: (calls.append(path.name), write(path, samples))[1])
     source = Source.model_validate({"llava": str(path), "images": str(photos)})
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: converted(source, tmp_path / "cache"), range(4)))

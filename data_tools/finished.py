@@ -1,0 +1,48 @@
+"""What a tool of several steps keeps of each finished shard, so that whoever is interrupted goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmit.data.shard_index import SampleRow, ShardEntry, WrittenShard
+
+
+def record_of(shard: WrittenShard) -> dict[str, Any]:
+    """The entry and the rows of a shard as plain JSON values."""
+    # asdict would copy each row deeply, a sixth of the time of converting it.
+    rows = [vars(row) | {"sha256": [value.hex() for value in row.sha256]} for row in shard.rows]
+    return {"entry": asdict(shard.entry), "rows": rows}
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What was kept in a file; None if it is not there or a power cut emptied it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def shard_in(folder: Path, record: dict[str, Any]) -> WrittenShard | None:
+    """The shard that a record tells of; None if its tar is gone or has another size than it was written with."""
+    entry = ShardEntry(**record["entry"])
+    tar = folder / entry.name
+    if not tar.exists() or tar.stat().st_size != entry.bytes:
+        return None
+    return WrittenShard(entry, tuple(_row(row) for row in record["rows"]))
+
+
+def _row(record: dict[str, Any]) -> SampleRow:
+    lists: dict[str, Any] = {name: tuple(record[name]) for name in ("widths", "heights")}
+    lists["sha256"] = tuple(bytes.fromhex(value) for value in record["sha256"])
+    return SampleRow(**record | lists)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with this text, or what was there before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

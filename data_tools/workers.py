@@ -1,0 +1,103 @@
+"""Work dealt out to processes, its results in order: the one that deals works too."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+from mmit.data.images import reuse_memory
+from mmit.data.sample import SampleError
+
+Result = TypeVar("Result")
+
+
+def in_order(
+    work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], processes: int, *, preload: str
+) -> Iterator[Result]:
+    """What `work` makes of each job, in their order, by this process and `processes` - 1 beside it.
+
+    Two jobs wait for each of the others at most, so what is read ahead does not grow with the input. `preload` names
+    the module whose import they share.
+    """
+    queue = iter(jobs)
+    head = list(islice(queue, 2))
+    beside = _Beside(processes - 1, preload) if processes > 1 and len(head) > 1 else None
+    waiting: deque[Future[Result]] = deque()
+    reuse_memory()
+    try:
+        for job in chain(head, queue):
+            if beside is not None and beside.free(waiting):
+                waiting.append(beside.pool.submit(work, *job))
+            else:
+                waiting.append(_done(work(*job)))
+            while waiting and waiting[0].done():
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    finally:
+        if beside is not None:
+            beside.close()
+
+
+class _Beside:
+    """The other processes. Until they are up, the one that deals does all the work."""
+
+    def __init__(self, number: int, preload: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([preload])
+        self.number = number
+        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
+        self._starting = ThreadPoolExecutor(1)
+        self._up = self._starting.submit(lambda: self.pool.submit(os.getpid).result())
+
+    def free(self, waiting: Iterable[Future[Any]]) -> bool:
+        """Whether one more job would find a process, now or when it is done with the one at hand."""
+        if not self._up.done():
+            return False
+        _result(self._up)  # a process that was killed at its start must not go unnoticed
+        return sum(not future.done() for future in waiting) < 2 * self.number
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self._starting.shutdown(wait=True)
+
+
+def _done(result: Result) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(result)
+    return future
+
+
+def _result(future: Future[Result]) -> Result:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise SampleError(
+            "a worker process was killed, most likely for want of memory; give the same command with fewer "
+            "--processes, or convert with fewer --rows-per-shard: what is finished is kept"
+        ) from None
+
+
+def leave_with(dealing: int) -> None:
+    """Ends this process when the one that deals is gone: a killed conversion leaves nothing running."""
+    gc.freeze()  # the libraries' objects stay; looking through them again and again took a fifth of the time
+    reuse_memory()
+
+    def watch() -> None:
+        with suppress(ProcessLookupError):
+            while True:
+                os.kill(dealing, 0)
+                time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
