@@ -56,7 +56,7 @@ class Album:
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}: no such folder; --images names the folder below which the pictures lie")
         self.root = root.resolve() if root is not None else None
-        _real_folder.cache_clear()  # what an earlier input saw may have become a link since
+        real_folder.cache_clear()  # what an earlier input saw may have become a link since
         self.prefix = prefix
 
     def picture(self, name: Any, where: str, *, window: tuple[float, float] | None = None) -> Unread:
@@ -124,7 +124,7 @@ def read(picture: Unread) -> bytes:
     if not picture.name:
         raise SampleError(f"{picture.where}: a picture with neither file nor bytes; the format that made it has a bug")
     try:
-        descriptor = _open_below(picture)
+        descriptor = open_below(picture)
     except FileNotFoundError:
         raise MissingPicture(
             f"{picture.where}: the picture {picture.name} is missing below {picture.root}; "
@@ -151,11 +151,11 @@ def read(picture: Unread) -> bytes:
         os.close(descriptor)
 
 
-def _open_below(picture: Unread) -> int:
+def open_below(picture: Unread) -> int:
     """The file opened, its real place being below the root. Without waiting, so that a pipe cannot hang us."""
     folder = os.path.dirname(picture.path)
     below = os.path.join(picture.root, "")
-    if os.path.join(_real_folder(folder), "").startswith(below):
+    if os.path.join(real_folder(folder), "").startswith(below):
         try:
             return os.open(picture.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -171,7 +171,7 @@ def _open_below(picture: Unread) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _real_folder(folder: str) -> str:
+def real_folder(folder: str) -> str:
     """Looked up once a folder, not once a picture: sets hold thousands of pictures in each."""
     return os.path.realpath(folder)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_tools.album import MissingPicture, develop
 from data_tools.finished import read_record, record_of, shard_in, write_whole
+from data_tools.holders import opened
 from data_tools.looks import printed
 from data_tools.plan import Settings, plain_name
 from data_tools.rows import Placed, Rejected
@@ -78,6 +79,7 @@ def one_shard(
 
 def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) -> tuple[Stored, bool]:
     """The sample with its pictures, as it will be stored; and whether it lost one that is missing."""
+    item = opened(item)
     pictures: list[Picture | None] = []
     for picture in item.images:
         try:
@@ -132,12 +134,13 @@ def _without(sample: Sample, gone: set[int], where: str) -> Sample:
             match part:
                 case ImagePart(image):
                     parts += [ImagePart(number[image])] if image in number else []
-                case BoxPart(image) | VideoPart((image, *_)) if not {image} <= number.keys():
+                case BoxPart(image) if image not in number:
                     raise SampleError(f"{where}: speaks of a place in a missing picture; leave the row out")
                 case BoxPart():
                     parts.append(replace(part, image=number[part.image]))
-                case VideoPart():
-                    parts.append(replace(part, frames=tuple(number[frame] for frame in part.frames)))
+                case VideoPart(frames, seconds):
+                    there = [(number[f], second) for f, second in zip(frames, seconds, strict=True) if f in number]
+                    parts += [VideoPart(tuple(f for f, _ in there), tuple(s for _, s in there))] if there else []
                 case _:
                     parts.append(part)
         messages.append(replace(item, parts=stripped(parts)))
