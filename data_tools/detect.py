@@ -126,7 +126,10 @@ def _is_prompted(rows: Rows) -> bool:
 
 
 def _has_marker(rows: Rows) -> bool:
-    return _turn_has("messages", "content")(rows) and any("<IMG_CONTEXT>" in str(row["messages"]) for row in rows)
+    marks = ("<IMG_CONTEXT>", "<VIDEO_CONTEXT>")
+    return _turn_has("messages", "content")(rows) and any(
+        mark in str(row["messages"]) for row in rows for mark in marks
+    )
 
 
 def _shows_pictures(rows: Rows) -> bool:

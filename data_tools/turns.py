@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
@@ -227,45 +227,63 @@ def place_pictures(
     unmarked: Literal["error", "first"] = "error",
     markers: Markers = "error",
 ) -> list[Turn]:
-    """The turns in parts, every marker that stands for one of the `count` pictures become an `ImagePart`.
+    """The turns in parts, every marker that stands for one of the `count` pictures become an `ImagePart`."""
+    split = [Turn(role, [TextPart(text)] if text else [], train) for role, text, train in turns]
+    shown = [ImagePart(number) for number in range(count)]
+    return placed(split, shown, where, marker=marker, unmarked=unmarked, markers=markers)
+
+
+def placed(
+    turns: Sequence[Turn],
+    shown: Sequence[Part],
+    where: str,
+    *,
+    marker: str,
+    what: str = "pictures",
+    unmarked: Literal["error", "first"] = "error",
+    markers: Markers = "error",
+) -> list[Turn]:
+    """The turns with the parts to be shown where the markers in their texts are, in order.
 
     A marker is a picture only if their number says so: all markers, or all those that the user wrote (an answer may
     speak of `<image>`). Everything else is a fault, unless an option says what it means.
     """
-    everywhere = sum(turn.text.count(marker) for turn in turns)
-    asked = sum(turn.text.count(marker) for turn in turns if turn.role != "assistant")
+    count = len(shown)
+    found = [(turn.role, sum(p.text.count(marker) for p in turn.parts if isinstance(p, TextPart))) for turn in turns]
+    everywhere = sum(number for _, number in found)
+    asked = sum(number for role, number in found if role != "assistant")
     if everywhere == count:
         holders = {"system", "user", "assistant", "tool"}
     elif asked == count:
         holders = {"system", "user", "tool"}
     elif everywhere == 0 and unmarked == "first":
-        return _at_first_user(turns, count, where)
+        return first_shown(turns, shown, where)
     elif count == 0 and markers == "text":
         holders = set()
     else:
+        single = what.removesuffix("s")
         remedy = {
-            (True, False): "name the picture in the row, or set markers=text if the marker is only a word here",
-            (False, True): f"write {marker} where each picture belongs, or set unmarked=first to put them before the "
+            (True, False): f"name the {single} in the row, or set markers=text if the marker is only a word here",
+            (False, True): f"write {marker} where each {single} belongs, or set unmarked=first to put them before the "
             f"first user turn",
-        }.get((count == 0, everywhere == 0), f"write one {marker} for each picture, no more and no fewer")
-        raise SampleError(f"{where}: {count} pictures but {everywhere} {marker} markers; {remedy}")
-    placed, number = [], 0
-    for role, text, train in turns:
-        parts: list[Part] = []
-        pieces = text.split(marker) if role in holders else [text]
-        for index, piece in enumerate(pieces):
+        }.get((count == 0, everywhere == 0), f"write one {marker} for each {single}, no more and no fewer")
+        raise SampleError(f"{where}: {count} {what} but {everywhere} {marker} markers; {remedy}")
+    waiting = iter(shown)
+
+    def cut(part: Part) -> Iterator[Part]:
+        if not isinstance(part, TextPart):
+            yield part
+            return
+        for index, piece in enumerate(part.text.split(marker)):
             if index:
-                parts.append(ImagePart(number))
-                number += 1
+                yield next(waiting)
             if piece:
-                parts.append(TextPart(piece))
-        placed.append(Turn(role, parts, train))
-    return placed
+                yield TextPart(piece)
 
-
-def _at_first_user(turns: Sequence[Said], count: int, where: str) -> list[Turn]:
-    placed = [Turn(role, [TextPart(text)] if text else [], train) for role, text, train in turns]
-    return first_shown(placed, [ImagePart(number) for number in range(count)], where)
+    return [
+        turn._replace(parts=[new for part in turn.parts for new in cut(part)]) if turn.role in holders else turn
+        for turn in turns
+    ]
 
 
 def first_shown(turns: Sequence[Turn], pictures: Sequence[Part], where: str) -> list[Turn]:

@@ -37,14 +37,14 @@ FORMATS: dict[str, Format] = {
     "trl": Format(
         "TRL: messages, or prompt and completion, with images; pictures without a place come first",
         "messages",
-        given={"marker": None, "unmarked": "first"},
+        given={"marker": None, "video_marker": None, "unmarked": "first"},
     ),
     "llamafactory": Format("a folder with dataset_info.json; --set dataset=NAME", "llamafactory", beside=True),
     "ms-swift": Format("ms-swift: messages or query and response, images, objects with boxes", "ms_swift"),
     "xtuner": Format(
-        "xtuner: messages whose <IMG_CONTEXT> places the message's image_url parts",
+        "xtuner: messages whose <IMG_CONTEXT> and <VIDEO_CONTEXT> place the message's image_url and video_url parts",
         "messages",
-        given={"marker": "<IMG_CONTEXT>", "marked": "part"},
+        given={"marker": "<IMG_CONTEXT>", "video_marker": "<VIDEO_CONTEXT>", "marked": "part"},
     ),
     "qwen-vl": Format("Qwen-VL finetuning: LLaVA rows with data_path, or packed lists of them", "qwen_vl"),
     "alpaca": Format("instruction, input, output, and where present system, history", "alpaca"),

@@ -6,13 +6,16 @@ are kept: nothing of the header, where names and dates of patients stand, reache
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.album import png_of, unread
+from data_tools.album import open_below, png_of, unread
+from data_tools.holders import Holder
 from data_tools.rows import Rejected, Row, each, fields, records, text_beside, text_field
 from data_tools.turns import asked_about, text_of
 from mmit.config import ConfigError
@@ -50,9 +53,11 @@ def samples(
 
     def sample(row: Row) -> Sample:
         name = text_field(row, "image", "path", "file_name")
-        file = (root / name).resolve()
-        if not file.is_relative_to(root) or not file.is_file():
-            raise SampleError(f"{row.where}: {name} is no file below {root}")
+        if not (root / name).resolve().is_relative_to(root):
+            raise SampleError(
+                f"{row.where}: {name} would be read from outside of {root}; write its path below that folder"
+            )
+        picture = Slice(0, 0, "", "", name=name, root=str(root), where=row.where, levels=levels, frame=frame)
         beside = fields(row).get("text beside")
         if beside:
             answer = text_beside(beside, path.resolve(), row.where)
@@ -60,23 +65,36 @@ def samples(
             answer = text_field(row, "answer", "caption", "text", "report")
         question = fields(row).get("question")
         pairs = [(text_of(question, row.where) if question else prompt, answer)]
-        return asked_about([picture_of(file, row.where, levels, frame)], pairs, where=row.where, strip=strip)
+        return asked_about([picture], pairs, where=row.where, strip=strip)
 
     return each(rows(), sample)
 
 
-def picture_of(file: Path, where: str, levels: list[float] | None, frame: int | None) -> Picture:
+@dataclass(frozen=True)
+class Slice(Holder):
+    """One frame of a DICOM file."""
+
+    levels: list[float] | None = None
+    frame: int | None = None
+
+    def pictures(self) -> list[tuple[Picture, float]]:
+        return [(picture_of(self), 0.0)]
+
+
+def picture_of(held: Slice) -> Picture:
     """One frame as an 8-bit PNG."""
     import pydicom  # pyright: ignore[reportMissingImports]
     from pydicom.errors import InvalidDicomError  # pyright: ignore[reportMissingImports]
     from pydicom.pixels.processing import apply_color_lut, apply_modality_lut  # pyright: ignore[reportMissingImports]
     from pydicom.pixels.utils import pixel_array  # pyright: ignore[reportMissingImports]
 
+    where, name, levels, frame = held.where, held.name, held.levels, held.frame
     try:
-        header: Any = pydicom.dcmread(file)
+        with os.fdopen(open_below(held), "rb") as file:
+            header: Any = pydicom.dcmread(file)
         count = int(header.get("NumberOfFrames") or 1)
         if count > 1 and (frame is None or not 0 <= frame < count):
-            raise SampleError(f"{where}: {file.name} holds {count} frames; --set frame=N, from 0, says which to show")
+            raise SampleError(f"{where}: {name} holds {count} frames; --set frame=N, from 0, says which to show")
         pixels: Any = pixel_array(header, index=frame if count > 1 else 0)  # YBR comes as RGB
         kind = str(header.PhotometricInterpretation)
         if kind == "PALETTE COLOR":
@@ -88,10 +106,12 @@ def picture_of(file: Path, where: str, levels: list[float] | None, frame: int | 
         values, low, high = _shown(values, header) if levels is None else (values, *levels)
     except SampleError:
         raise
+    except OSError as error:
+        raise SampleError(f"{where}: cannot read {name} ({error.strerror})") from None
     except (InvalidDicomError, AttributeError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
-        raise SampleError(f"{where}: {file.name} cannot be read as DICOM ({type(error).__name__})") from None
+        raise SampleError(f"{where}: {name} cannot be read as DICOM ({type(error).__name__})") from None
     if not low < high:
-        raise SampleError(f"{where}: {file.name} is one flat value ({low:g}); name levels")
+        raise SampleError(f"{where}: {name} is one flat value ({low:g}); name levels")
     shades = np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
     shades = 255 - shades if kind == "MONOCHROME1" else shades
     return unread(png_of(np.repeat(shades[..., None], 3, axis=2), where), where)

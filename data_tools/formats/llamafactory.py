@@ -1,7 +1,8 @@
 """LLaMA-Factory: a folder with dataset_info.json, which names for each data set its file, formatting, columns and tags.
 
 INPUT is the folder (or the dataset_info.json itself), `dataset` the name in it. Picture names are relative to the
-folder unless --images says otherwise. Markers in texts must be as many as the row's images, as LLaMA-Factory demands.
+folder unless --images says otherwise. Markers in texts must be as many as the row's images and videos, as LLaMA-Factory
+demands; videos become frames (see the format video for `frames`, `fps`, `times`).
 Of a ranking the chosen answer is learned and the rejected one kept in the sample's meta; rows whose `kto_tag` is false
 are rejected. All rows are read: `num_samples` is a matter of the run (`repeat`).
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.album import Album
+from data_tools.clips import Filming, clip_of
 from data_tools.rows import Rejected, Row, each, fields, json_document, records
 from data_tools.turns import (
     Said,
@@ -20,6 +22,7 @@ from data_tools.turns import (
     names_of,
     pictures_named,
     place_pictures,
+    placed,
     refuse_media,
     refuse_unwanted,
     sample_of,
@@ -28,7 +31,7 @@ from data_tools.turns import (
     valued_turns,
 )
 from mmit.config import ConfigError
-from mmit.data.sample import Role, Sample, SampleError
+from mmit.data.sample import Role, Sample, SampleError, VideoPart
 
 TAGS = {
     "role_tag": "from",
@@ -52,7 +55,15 @@ DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output", "me
 
 
 def samples(
-    path: Path, images: Path | None = None, *, dataset: str = "", strip: bool = True, image_prefix: str = ""
+    path: Path,
+    images: Path | None = None,
+    *,
+    dataset: str = "",
+    strip: bool = True,
+    image_prefix: str = "",
+    frames: int = 8,
+    fps: float | None = None,
+    times: bool = False,
 ) -> Iterator[Sample | Rejected]:
     file = path / "dataset_info.json" if path.is_dir() else path
     folder, described = file.parent, json_document(file)
@@ -61,6 +72,7 @@ def samples(
     if not data.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{file}: {dataset} names {info['file_name']}, which lies outside of {folder}")
     album = Album(images if images is not None else folder, prefix=image_prefix)
+    filming = Filming(frames, fps, times)
     columns: dict[str, str] = {"messages": DEFAULTS["messages"], **info["columns"]} if "columns" in info else DEFAULTS
     tags = TAGS | dict(info.get("tags") or {})
     read = _messages if info.get("formatting", "alpaca") in ("sharegpt", "openai") else _alpaca
@@ -68,17 +80,30 @@ def samples(
     def sample(row: Row) -> Sample:
         record = fields(row)
         found = {name: record.get(column) for name, column in columns.items()}
-        refuse_media(record, row.where, "video", "audio")
-        refuse_media(found, row.where, "video", "audio")
+        refuse_media(record, row.where, "audio")
+        refuse_media(found, row.where, "audio")
         refuse_unwanted(found, row.where, "kto_tag")
         turns = read(found, tags, row.where)
-        declared = "images" in columns
-        names = names_of(found["images"], row.where) if declared else pictures_named(record, row.where)
+        names, clips = (
+            names_of(found[f"{kind}s"], row.where)
+            if f"{kind}s" in columns
+            else pictures_named(record, row.where, kind=kind)
+            for kind in ("image", "video")
+        )
         # A set without pictures may speak of <image>; in one with them, a lone marker is a picture that got lost.
-        placed = place_pictures(turns, len(names), row.where, markers="error" if declared else "text")
+        parts = place_pictures(turns, len(names), row.where, markers="error" if "images" in columns else "text")
+        parts = placed(
+            parts,
+            [VideoPart((number,), (0.0,)) for number in range(len(names), len(names) + len(clips))],
+            row.where,
+            marker="<video>",
+            what="videos",
+            markers="error" if "videos" in columns else "text",
+        )
+        shown = [album.picture(name, row.where) for name in names]
         return sample_of(
-            told_first(placed, row.where, system=found.get("system"), tools=found.get("tools")),
-            images=[album.picture(name, row.where) for name in names],
+            told_first(parts, row.where, system=found.get("system"), tools=found.get("tools")),
+            images=[*shown, *(clip_of(album, name, row.where, filming) for name in clips)],
             meta={"rejected": found["rejected"]} if found.get("rejected") else {},
             where=row.where,
             strip=strip,

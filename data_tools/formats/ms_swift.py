@@ -1,8 +1,8 @@
 """ms-swift: {messages: [{role, content, loss?}], images?, objects: {ref, bbox, bbox_type?, image_id?}?, tools?, ...} or
 the older {query, response, system?, history?, images?}, also under the other names ms-swift accepts.
 
-`<image>`, `<ref-object>` and `<bbox>` in a text are the places of images, names and boxes, in order. Boxes become typed
-parts in pixels of their picture.
+`<image>`, `<video>`, `<ref-object>` and `<bbox>` in a text are the places of images, videos, names and boxes, in order.
+Boxes become typed parts in pixels of their picture, videos become frames (see the format video).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.album import Album, Unread, read
+from data_tools.clips import Filming, clip_of
 from data_tools.rows import Rejected, Row, each, fields, records
 from data_tools.turns import (
     Said,
@@ -28,7 +29,7 @@ from data_tools.turns import (
     valued_turns,
 )
 from mmit.data.images import size_of
-from mmit.data.sample import BoxPart, ImagePart, Part, Sample, SampleError, TextPart
+from mmit.data.sample import BoxPart, ImagePart, Part, Sample, SampleError, TextPart, VideoPart
 
 QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
 RESPONSE = (
@@ -36,22 +37,33 @@ RESPONSE = (
     *("text", "completion", "content"),
 )
 MESSAGES = ("messages", "conversations", "conversation")
-MARKERS = re.compile(r"(<image>|<ref-object>|<bbox>)")
+MARKERS = re.compile(r"(<image>|<video>|<ref-object>|<bbox>)")
 
 
 def samples(
-    path: Path, images: Path | None = None, *, strip: bool = True, image_prefix: str = ""
+    path: Path,
+    images: Path | None = None,
+    *,
+    strip: bool = True,
+    image_prefix: str = "",
+    frames: int = 8,
+    fps: float | None = None,
+    times: bool = False,
 ) -> Iterator[Sample | Rejected]:
     album = Album(images, prefix=image_prefix)
+    filming = Filming(frames, fps, times)
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        refuse_media(record, row.where, "video", "audio")
+        refuse_media(record, row.where, "audio")
         refuse_unwanted(record, row.where, "label")
         said = _turns(record, row.where)
         pictures = [album.picture(name, row.where) for name in pictures_named(record, row.where)]
+        clips = [clip_of(album, name, row.where, filming) for name in pictures_named(record, row.where, kind="video")]
+        first = len(pictures)
         queue = {
-            "<image>": [ImagePart(number) for number in range(len(pictures))],
+            "<image>": [ImagePart(number) for number in range(first)],
+            "<video>": [VideoPart((number,), (0.0,)) for number in range(first, first + len(clips))],
             **_objects(record.get("objects"), pictures, row.where),
         }
         waiting = {marker: list(reversed(parts)) for marker, parts in queue.items()}
@@ -76,7 +88,7 @@ def samples(
         turns = told_first(turns, row.where, system=system, tools=record.get("tools"))
         keys = ("id", "channel", "label", "rejected_response")
         meta = {key: record[key] for key in keys if isinstance(record.get(key), str | int)}
-        return sample_of(turns, images=pictures, meta=meta, where=row.where, strip=strip)
+        return sample_of(turns, images=[*pictures, *clips], meta=meta, where=row.where, strip=strip)
 
     return each(records(path), sample)
 

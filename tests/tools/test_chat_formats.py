@@ -111,14 +111,6 @@ def test_real_xtuner_rows_place_pictures_at_their_markers(run: Converter, shared
 
 
 @pytest.mark.shared
-def test_real_video_rows_are_rejected_and_not_lost(run: Converter, shared: Path) -> None:
-    path = shared / "xtuner" / "mllm_sft_video_example_data.jsonl"
-    with pytest.raises(RejectedRows, match=r"none of the \d+ rows") as caught:
-        run("xtuner", path, shared / "xtuner")
-    assert f"none of the {len(json_lines(path))} rows" in str(caught.value)
-
-
-@pytest.mark.shared
 def test_real_bare_message_lists_are_read(run: Converter, shared: Path) -> None:
     path = shared / "xtuner" / "openai_sft.jsonl"
     rows = json_lines(path)

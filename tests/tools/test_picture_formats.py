@@ -392,7 +392,7 @@ def test_frames_in_a_folder_become_a_video(run: Converter, tmp_path: Path) -> No
 def test_real_videos_become_frames_in_order(run: Converter, shared: Path) -> None:
     pytest.importorskip("av", reason="PyAV is an extra")
     folder = shared / "llamafactory"
-    samples = run("video", folder / "mllm_video_demo.json", folder, frames=4, settings=Settings(on_bad="drop"))
+    samples = run("video", folder / "mllm_video_demo.json", folder, frames=4, settings=Settings(on_missing="drop"))
     assert len(samples) == 2, "the second row's .avi is not among the files"
     for sample in samples:
         part = sample.messages[0].parts[0]
