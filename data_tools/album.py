@@ -117,6 +117,19 @@ def missing(sample: Sample) -> list[str]:
     return [p.name for p in sample.images if isinstance(p, Unread) and p.name and not os.path.exists(p.path)]
 
 
+def remedy_for(missing: str, root: Path, prefix: str | None) -> str:
+    """What to write so that a missing picture is found, if that is to be seen; `prefix` is what is taken off names
+    already, None where the format has no such option."""
+    folders = [place for place, letter in enumerate(missing, start=1) if letter == "/"]
+    cut = next((place for place in folders if (root / missing[place:]).is_file()), 0)
+    if cut and prefix is not None:
+        found = prefix + missing[:cut]
+        return f"Write --set image_prefix={found} (in a config: options: {{image_prefix: {found}}}): {missing} is then found"
+    below = (item for item in sorted(root.iterdir())[:1000] if item.is_dir() and (item / missing).is_file())
+    deeper = next(below, None)
+    return f"Write --images {deeper} (in a config: images: {deeper}): {missing} is there" if deeper is not None else ""
+
+
 def read(picture: Unread) -> bytes:
     """The bytes of the picture; refuses whatever a link leads to outside the folder."""
     if picture.data is not None:

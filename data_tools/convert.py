@@ -18,7 +18,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.album import missing
+from data_tools.album import missing, remedy_for
 from data_tools.finished import write_whole
 from data_tools.formats import FORMATS, options_for, samples_function, samples_of
 from data_tools.looks import need_imagehash
@@ -220,10 +220,13 @@ def _refuse_missing(
     if names:
         shown = "".join(f"\n  {name}   ({where})" for name, where in islice(names.items(), 20))
         more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
+        folder = below if below.is_dir() else below.parent
+        told = (remedy_for(name, folder, options.get("image_prefix")) for name in islice(names, 20))
+        found = next(filter(None, told), "Check --images and --set image_prefix=...")
         raise ConfigError(
             f"{path}: {len(names)} pictures named by {rows} rows are missing below {below}:{shown}{more}\n"
-            f"Check --images and --set image_prefix=..., or say --on-missing drop (leave those rows out) or text-only "
-            f"(in a config: images, and options: {{on_missing: drop}})"
+            f"{found}; or say --on-missing drop (leave those rows out) or "
+            f"text-only (in a config: options: {{on_missing: drop}})"
         )
 
 

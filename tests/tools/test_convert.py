@@ -256,6 +256,28 @@ def test_all_missing_pictures_are_told_at_once_before_anything_is_written(photos
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "remedy"),
+    [
+        ("data/0.png", {}, "--set image_prefix=data/ "),
+        ("a/b/deep/5.jpg", {}, "--set image_prefix=a/b/ "),
+        ("x/data/0.png", {"image_prefix": "x/"}, "--set image_prefix=x/data/ "),
+        ("5.jpg", {}, "--images {photos}/deep "),
+        ("9.png", {}, "Check --images"),
+    ],
+)
+def test_a_picture_that_lies_close_by_is_pointed_at(
+    photos: Path, tmp_path: Path, name: str, options: dict[str, str], remedy: str
+) -> None:
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"image": item, "conversations": turns} for item in ("gone", name)])
+    )
+    with pytest.raises(ConfigError) as caught:
+        convert("llava", tmp_path / "rows.json", photos, tmp_path / "out", options=options)
+    assert remedy.format(photos=photos) in str(caught.value)
+
+
 def test_missing_pictures_can_drop_the_row_or_leave_its_text(photos: Path, tmp_path: Path) -> None:
     path = rows_with(photos, 4, gone=(1,))
     dropped = convert("llava", path, photos, tmp_path / "a", settings=Settings(on_missing="drop"))
