@@ -124,7 +124,8 @@ def remedy_for(missing: str, root: Path, prefix: str | None) -> str:
     cut = next((place for place in folders if (root / missing[place:]).is_file()), 0)
     if cut and prefix is not None:
         found = prefix + missing[:cut]
-        return f"Write --set image_prefix={found} (in a config: options: {{image_prefix: {found}}}): {missing} is then found"
+        told = f"--set image_prefix={found} (in a config: options: {{image_prefix: {found}}})"
+        return f"Write {told}: {missing} is then found"
     below = (item for item in sorted(root.iterdir())[:1000] if item.is_dir() and (item / missing).is_file())
     deeper = next(below, None)
     return f"Write --images {deeper} (in a config: images: {deeper}): {missing} is there" if deeper is not None else ""

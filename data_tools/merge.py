@@ -6,63 +6,107 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_tools.convert import COUNTS, conversion
+from data_tools.convert import COUNTS, PLAN, WORK, conversion
+from data_tools.plan import only_writer
 from mmit.config import ConfigError
 from mmit.data.provenance import CONVERSION, REJECTED, licenses
 from mmit.data.sample import SampleError
-from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard, read_index
-from mmit.data.shard_writer import shard_name, write_index
+from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard, read_index, seal
+from mmit.data.shard_writer import TAR, TEMPORARY, shard_name, write_index
 from mmit.data.shards import ShardSet
+
+TOOL = "mmit-data merge"
+REWRITTEN = (REJECTED, CONVERSION, SAMPLES)
 
 
 def merge(folders: Sequence[Path], out: Path) -> ShardSet:
     """Joins shard sets by linking their tars (copying across disks); the sets given stay as they are.
 
     Parts i/n of one conversion must all be there and come back in their order; other sets follow each other and their
-    shards are numbered anew.
+    shards are numbered anew. Whoever is interrupted and starts the same merge again goes on with the tars that are
+    there.
     """
-    if (out / INDEX).exists() or (out.exists() and any(path.name != UNFINISHED for path in out.iterdir())):
-        raise ConfigError(f"{out}: the folder is not empty; --out names a new one")
     sets = [_Opened(folder) for folder in folders]
     parts = [opened.part for opened in sets if opened.part is not None]
     if parts and len(parts) < len(sets):
         raise ConfigError("some of these folders are parts of a conversion and some are not; merge the parts first")
     if parts:
         _check_parts(sets)
-        shards = _in_order(sets)
+    listed = [(opened, entry) for opened in sets for entry in opened.entries]
+    if parts:  # names say which rows a shard covers
+        listed.sort(key=lambda item: item[1].name)
+    names = [entry.name if parts else shard_name(number) for number, (_, entry) in enumerate(listed)]
+    joined = tuple(replace(entry, name=name) for (_, entry), name in zip(listed, names, strict=True))
+    if (out / INDEX).exists():
+        if read_index(out).entries != joined:
+            raise ConfigError(f"{out}: already holds a finished shard set, and not of these; name another --out")
     else:
-        numbered = enumerate((opened, shard) for opened in sets for shard in opened.shards())
-        shards = ((opened, shard, shard_name(number)) for number, (opened, shard) in numbered)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / UNFINISHED).touch()
-    keys: set[str] = set()
-
-    def placed() -> Iterator[WrittenShard]:
-        for opened, shard, name in shards:
-            for row in shard.rows if not parts else ():  # keys of parts hold the number of the row
-                if row.key in keys:
-                    raise SampleError(
-                        f"{opened.folder}: the key {row.key} is already in another of these sets; convert "
-                        f"one of them again with another --source"
-                    )
-                keys.add(row.key)
-            _link(opened.folder / shard.entry.name, out / name)
-            entry = ShardEntry(name, shard.entry.bytes, shard.entry.sha256, shard.entry.samples)
-            yield WrittenShard(entry, shard.rows)
-
-    rejected = _rejected(sets)
-    if rejected:
-        (out / REJECTED).write_text("".join(rejected), encoding="utf-8")
-    (out / CONVERSION).write_text(json.dumps(_summary(sets, rejected), indent=1) + "\n", encoding="utf-8")
-    write_index(out, placed())
-    (out / UNFINISHED).unlink()
+        _refuse_other_files(out)
+        out.mkdir(parents=True, exist_ok=True)
+        with only_writer(out):
+            _start(out, joined)
+            rejected = _rejected(sets)
+            if rejected:
+                (out / REJECTED).write_text("".join(rejected), encoding="utf-8")
+            (out / CONVERSION).write_text(json.dumps(_summary(sets, rejected), indent=1) + "\n", encoding="utf-8")
+            write_index(out, _placed(listed, joined, out, numbered=bool(parts)))
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    (out / UNFINISHED).unlink(missing_ok=True)
     return ShardSet(out)
+
+
+def _placed(
+    listed: Sequence[tuple[_Opened, ShardEntry]], joined: Sequence[ShardEntry], out: Path, *, numbered: bool
+) -> Iterator[WrittenShard]:
+    """The shards with their rows, each in its place; `numbered`: their keys hold the number of the row."""
+    readers = {id(opened): opened.shards() for opened, _ in listed}
+    keys: set[str] = set()
+    for (opened, entry), new in zip(listed, joined, strict=True):
+        rows = next(readers[id(opened)])
+        for row in () if numbered else rows:
+            if row.key in keys:
+                raise SampleError(
+                    f"{opened.folder}: the key {row.key} is already in another of these sets; convert "
+                    f"one of them again with another --source"
+                )
+            keys.add(row.key)
+        _link(opened.folder / entry.name, out / new.name, new)
+        yield WrittenShard(new, rows)
+
+
+def _refuse_other_files(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{out}: this is a file; --out names a folder")
+    note = out / WORK / PLAN
+    if note.exists():
+        if json.loads(note.read_text(encoding="utf-8")).get("tool") != TOOL:
+            raise ConfigError(f"{out}: holds an unfinished set of another command; finish it with that, or remove it")
+    elif any(path.name not in (UNFINISHED, WORK) for path in out.iterdir()):
+        raise ConfigError(f"{out}: the folder is not empty; --out names a new one")
+
+
+def _start(out: Path, joined: Sequence[ShardEntry]) -> None:
+    """Claims the folder for this merge. What an interrupted one left is taken away, but for tars of the same merge."""
+    note = out / WORK / PLAN
+    plan = {"tool": TOOL, "shards": [asdict(entry) for entry in joined]}
+    same = note.exists() and json.loads(note.read_text(encoding="utf-8")) == plan
+    for path in out.iterdir():
+        if TEMPORARY.fullmatch(path.name) or (TAR.fullmatch(path.name) and not same) or path.name in REWRITTEN:
+            path.unlink()
+    if not same:
+        note.parent.mkdir(exist_ok=True)
+        temporary = note.with_suffix(".tmp")
+        temporary.write_text(json.dumps(plan), encoding="utf-8")
+        os.replace(temporary, note)
 
 
 class _Opened:
@@ -81,12 +125,12 @@ class _Opened:
         part = self.summary["plan"]["part"] if self.summary is not None and "plan" in self.summary else None
         self.part: tuple[int, int] | None = tuple(part) if part else None
 
-    def shards(self) -> Iterator[WrittenShard]:
-        """The shards with their rows, one in memory at a time."""
+    def shards(self) -> Iterator[tuple[SampleRow, ...]]:
+        """The rows of each shard, those of one in memory at a time."""
         with pq.ParquetFile(self.folder / SAMPLES) as table:
             rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
             for entry in self.entries:
-                yield WrittenShard(entry, tuple(_row(next(rows)) for _ in range(entry.samples)))
+                yield tuple(_row(next(rows)) for _ in range(entry.samples))
 
     def rejected(self) -> Iterator[tuple[int, str]]:
         """The number of the shard that lacks the row, for a part, and its line."""
@@ -115,19 +159,6 @@ def _check_parts(sets: list[_Opened]) -> None:
         raise ConfigError(f"of {total} parts these are here: {', '.join(map(str, present))}; give each exactly once")
 
 
-def _in_order(sets: list[_Opened]) -> Iterator[tuple[_Opened, WrittenShard, str]]:
-    """The shards of all parts by their names, which are the rows they cover."""
-    readers = [(opened, opened.shards()) for opened in sets]
-    heads = [(opened, reader, shard) for opened, reader in readers if (shard := next(reader, None)) is not None]
-    while heads:
-        opened, reader, shard = min(heads, key=lambda head: head[2].entry.name)
-        yield opened, shard, shard.entry.name
-        heads = [head for head in heads if head[0] is not opened]
-        following = next(reader, None)
-        if following is not None:
-            heads.append((opened, reader, following))
-
-
 def _rejected(sets: list[_Opened]) -> list[str]:
     """The lines of all sets, those of parts in the order of one run."""
     lines = [line for opened in sets for line in opened.rejected()]
@@ -146,10 +177,15 @@ def _summary(sets: list[_Opened], rejected: list[str]) -> dict[str, Any]:
     return {"plan": {"merged": merged, "part": None}, **totals, **stated, "first": first}
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path, entry: ShardEntry) -> None:
+    """The tar under its new name, unless an interrupted merge has put it there."""
+    if target.exists() and target.stat().st_size == entry.bytes:
+        return
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links
-        temporary = target.with_suffix(".tmp")
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        with source.open("rb") as original, temporary.open("wb") as copy:
+            shutil.copyfileobj(original, copy, 1 << 20)
+            seal(copy, temporary, target)

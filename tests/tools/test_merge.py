@@ -4,7 +4,12 @@ import json
 import os
 import random
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,6 +21,7 @@ from mmit.data.shards import ShardSet, verify
 from tests.tools.test_convert import files, rows_with
 
 SMALL = Settings(rows_per_shard=7, on_bad="drop")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -118,3 +124,78 @@ def test_rejections_survive_merging(photos: Path, tmp_path: Path) -> None:
     merge([tmp_path / "p1", tmp_path / "p2"], tmp_path / "m")
     assert len((tmp_path / "m" / "rejected.jsonl").read_text().splitlines()) == 2
     assert os.path.exists(tmp_path / "p1" / "rejected.jsonl"), "the parts stay"
+
+
+def dying(function: Callable[..., Any], left: Iterator[int]) -> Callable[..., Any]:
+    """The function, the call of which that finds nothing left is the last of the process, as by kill -9."""
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        if next(left) == 0:
+            os._exit(9)
+        return function(*arguments, **more)
+
+    return call
+
+
+def merge_killed_at_every_call(parts: list[Path], out: Path, *, copied: bool) -> int:
+    """Merges into `out`-1, `out`-2, ..., killed at the first, second, ... call that changes the folder, and then once
+    more unharmed; gives how many. To be run by a process of its own."""
+    merge(parts, out.with_name(f"{out.name}-0"))  # so that no child has to import anything
+    for number in count(1):
+        statuses = []
+        for calls in (range(number), None):
+            child = os.fork()
+            if child == 0:
+                if calls is not None:
+                    left = iter(reversed(calls))
+                    for name in ("link", "replace", "unlink", "mkdir", "rmdir", "fsync", "open"):
+                        setattr(os, name, dying(getattr(os, name), left))
+                if copied:
+                    os.link = Mock(side_effect=OSError)
+                merge(parts, out.with_name(f"{out.name}-{number}"))
+                os._exit(0)
+            statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert statuses in ([9, 0], [0, 0])
+        if statuses[0] == 0:
+            return number
+    raise AssertionError
+
+
+@pytest.mark.parametrize("copied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_merge_killed_anywhere_is_finished_by_the_same_command(photos: Path, tmp_path: Path, copied: bool) -> None:
+    path = rows_with(photos, 20, bad=(1, 8))
+    parts = [tmp_path / f"p{i}" for i in (1, 2)]
+    for i, part in enumerate(parts, start=1):
+        convert("llava", path, photos, part, settings=SMALL, part=(i, 2))
+    convert("llava", path, photos, tmp_path / "whole", settings=SMALL)
+    code = (
+        "from pathlib import Path; from tests.tools.test_merge import merge_killed_at_every_call as f; "
+        f"print(f([Path(p) for p in {list(map(str, parts))!r}], Path({str(tmp_path / 'm')!r}), copied={copied}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 10
+    for number in range(1, int(ran.stdout) + 1):
+        found = {name: data for name, data in files(tmp_path / f"m-{number}").items() if ".arrow." not in name}
+        assert found == files(tmp_path / "whole"), f"killed at call {number}"
+
+
+def test_an_unfinished_merge_of_others_is_begun_anew(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 20)
+    for name in "ab":
+        convert("llava", path, photos, tmp_path / name, settings=Settings(source=name, rows_per_shard=7))
+    with pytest.raises(SampleError, match="--source"):
+        merge([tmp_path / "a", tmp_path / "a"], tmp_path / "m")
+    merged = merge([tmp_path / "b", tmp_path / "a"], tmp_path / "m")
+    assert merged.key(0).startswith("b-")
+    with pytest.raises(ConfigError, match="already holds a finished shard set"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+
+
+def test_a_merge_touches_no_folder_of_other_things(photos: Path, tmp_path: Path) -> None:
+    convert("llava", rows_with(photos, 3), photos, tmp_path / "a")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "shard-000000.tar").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        merge([tmp_path / "a"], tmp_path / "m")
+    assert (tmp_path / "m" / "shard-000000.tar").read_text() == "mine"
