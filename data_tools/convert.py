@@ -92,7 +92,7 @@ def _write_set(
     part: tuple[int, int] | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    _start(out, plan, root)
+    _start(out, plan, path, root)
     source = (
         settings.source or plain_name(path.name if path.suffix == "" else path.name.split(".")[0]) or plain_name(format)
     )
@@ -129,6 +129,7 @@ def converted(
             "version": VERSION,
             "plan": plan_of(record.format, path, options, settings, None, None),
             "images": folder_digest(Path(record.images)) if record.images is not None else None,
+            **({"times": folder_digest(path)} if path.is_dir() else {}),
         }
     )
     folder = Path(cache) / "converted" / f"{plain_name(record.format.rpartition(':')[2])}-{key[:24]}"
@@ -180,13 +181,15 @@ def _refuse_other_files(out: Path) -> None:
         raise ConfigError(f"{out}: the folder holds other files; --out names a new or empty folder")
 
 
-def _start(out: Path, plan: dict[str, Any], root: Path | None) -> None:
+def _start(out: Path, plan: dict[str, Any], path: Path, root: Path | None) -> None:
     """Claims the folder for this plan; the shards that an interrupted run of the same plan finished stay.
 
     The plan is replaced last, so whoever is killed in here is taken up here.
     """
     note = out / WORK / PLAN
-    begun = {"plan": plan, "images": str(root.resolve()) if root is not None else None}
+    begun: dict[str, Any] = {"plan": plan, "images": str(root.resolve()) if root is not None else None}
+    if path.is_dir():
+        begun["times"] = folder_digest(path)
     same = note.exists() and json.loads(note.read_text(encoding="utf-8")) == begun
     for path in [*out.iterdir(), *(out / WORK).glob("*")]:
         if TEMPORARY.fullmatch(path.name) or (not same and (TAR.fullmatch(path.name) or RECORD.fullmatch(path.name))):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats import FORMATS, samples_of
-from data_tools.rows import Rejected, Row, json_shape, member_rows, records
+from data_tools.rows import Rejected, Row, files_below, json_shape, member_rows, records
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Sample, SampleError, TextPart
 
@@ -66,7 +66,7 @@ def _folder(path: Path) -> str | None:
     for name, format in marks.items():
         if (path / name).is_file() or (format == "easy-vqa" and (path / "train" / name).is_file()):
             return format
-    names = [file.suffix.lower() for file in path.rglob("*") if file.is_file()]
+    names = [file.suffix.lower() for file in files_below(path) if file.is_file()]
     if ".tar" in names:
         return "webdataset"
     if ".dcm" in names:

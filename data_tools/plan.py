@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.formats import FORMATS
+from data_tools.rows import files_below
 from mmit.config import ConfigError
 from mmit.data.shard_index import UNFINISHED
 
@@ -99,20 +100,48 @@ def only_writer(out: Path) -> Iterator[None]:
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a file; of a folder, over the names, sizes and times of its files."""
-    if path.is_dir():
-        return folder_digest(path)
+    """sha256 of a file; of a folder, of what it holds, as any machine with a copy of it would find it: the names and
+    sizes of all files, the content of those that are no pictures or films, the two ends of large ones (the footer of a
+    parquet file, with the sizes of all its columns, is one)."""
+    if not path.is_dir():
+        return _digest(path, None)
+    digest = hashlib.sha256()
+    for file in files_below(path):
+        size = file.stat().st_size if file.exists() else -1
+        plain = size < 0 or file.suffix.lower() in MEDIA
+        whole = size <= LARGE or ANNOTATIONS.search(file.name)
+        content = "" if plain else _digest(file, None if whole else ENDS)
+        digest.update(f"{os.fsencode(file.relative_to(path)).hex()} {size} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest(file: Path, ends: int | None) -> str:
+    """sha256 of a file, or of so many bytes at either end of it."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        with file.open("rb") as stream:
+            if ends is None:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.sha256(stream.read(ends))
+            stream.seek(-ends, os.SEEK_END)
+            digest.update(stream.read())
+            return digest.hexdigest()
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); check the path (relative ones start in {Path.cwd()})"
+            f"{file}: cannot be read ({error.strerror}); check the path (relative ones start in {Path.cwd()})"
         ) from None
 
 
+MEDIA = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".dcm"} | {
+    *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv")
+}
+ANNOTATIONS = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt)(\.gz)?$", re.IGNORECASE)
+LARGE = 1 << 26
+ENDS = 1 << 20
+
+
 def folder_digest(folder: Path) -> str:
-    """A picture replaced by another of the same size within the same nanosecond goes unseen; all else is seen."""
+    """Over the names, sizes and times of all files, for this machine alone. A picture replaced by another of the same
+    size within the same nanosecond goes unseen; all else is seen."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; `images` names the folder below which the pictures lie")
     digest = hashlib.sha256()

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,7 +124,7 @@ KINDS = {
 
 
 def _folder_rows(folder: Path) -> Iterator[Row | Rejected]:
-    names = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = [file for file in files_below(folder) if file.is_file()]
     found = {kind: [file for file in names if ending.search(file.name)] for kind, ending in KINDS.items()}
     held = [kind for kind, files in found.items() if files]
     if len(held) != 1:
@@ -133,6 +134,16 @@ def _folder_rows(folder: Path) -> Iterator[Row | Rejected]:
         below = file.parent.relative_to(folder).as_posix()
         for row in records(file):
             yield row if below == "." else _named_below(row, below)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and of its folders, in the order of their names; hidden ones are no data: editors and
+    systems leave them (`.ipynb_checkpoints/rows-checkpoint.json`, `._rows.json`)."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def _named_below(row: Row | Rejected, folder: str) -> Row | Rejected:

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.album import open_below, png_of, unread
 from data_tools.holders import Holder
-from data_tools.rows import Rejected, Row, each, fields, records, text_beside, text_field
+from data_tools.rows import Rejected, Row, each, fields, files_below, records, text_beside, text_field
 from data_tools.turns import asked_about, text_of
 from mmit.config import ConfigError
 from mmit.data.sample import Picture, Sample, SampleError
@@ -45,7 +45,8 @@ def samples(
         if not path.is_dir():
             yield from records(path)
             return
-        for number, file in enumerate(sorted(path.rglob("*.[dD][cC][mM]"))):
+        files = [file for file in files_below(path) if file.suffix.lower() == ".dcm"]
+        for number, file in enumerate(files):
             name = str(file.relative_to(path))
             yield Row(
                 path.name, number, f"{path.name}/{name}", {"image": name, "text beside": file.with_suffix(".txt")}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.album import Album
-from data_tools.rows import Rejected, Row, each, text_beside
+from data_tools.rows import Rejected, Row, each, files_below, text_beside
 from data_tools.turns import Turn, asked_about, sample_of, text_of
 from mmit.config import ConfigError
 from mmit.data.sample import ImagePart, Sample, SampleError, TextPart
@@ -31,7 +31,7 @@ def samples(
 
     def rows() -> Iterator[Row]:
         stems: dict[str, dict[str, Path]] = {}
-        for file in sorted(root.rglob("*")):
+        for file in files_below(root):
             kind = (
                 "picture"
                 if file.suffix.lower() in PICTURES

@@ -20,7 +20,7 @@ from typing import Any
 
 from data_tools.album import Album, unread
 from data_tools.formats.messages import parts_of_row
-from data_tools.rows import Rejected, Row, each
+from data_tools.rows import Rejected, Row, each, files_below
 from data_tools.tars import (
     CUT,
     PICTURES,
@@ -58,7 +58,7 @@ def samples(
 ) -> Iterator[Sample | Rejected]:
     """`prompt`: what is asked about a picture that has only a caption; empty: the caption alone."""
     del images
-    tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    tars = [file for file in files_below(path) if file.suffix == ".tar"] if path.is_dir() else [path]
     if not tars:
         raise ConfigError(f"{path}: the folder holds no .tar file")
 

@@ -117,6 +117,23 @@ def test_pictures_of_another_folder_are_never_mixed_with_those_of_the_first(
         convert("llava", path, tmp_path / "renamed", tmp_path / "out", settings=SMALL)
 
 
+def test_a_picture_replaced_by_one_of_its_size_meanwhile_is_seen(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the plan of a folder does not hold of pictures, their content, an interrupted run sees by their times."""
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.bmp").write_bytes(picture_bytes(number, kind="BMP"))
+        (tmp_path / "in" / f"{number}.txt").write_text("t")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert("folder", tmp_path / "in", None, tmp_path / "out")
+    (tmp_path / "in" / "1.bmp").write_bytes(picture_bytes(9, kind="BMP"))
+    shards = convert("folder", tmp_path / "in", None, tmp_path / "out")
+    assert shards.read(1).images[0].data == picture_bytes(9, kind="BMP")
+
+
 def test_two_conversions_do_not_write_into_one_folder(photos: Path, tmp_path: Path) -> None:
     path = rows_with(photos, 3)
     (tmp_path / "out").mkdir()

@@ -327,6 +327,14 @@ def test_llava_video_marks_its_videos_as_images(run: Converter, tmp_path: Path) 
     assert sample.meta == {"id": "7"}
 
 
+def test_a_copy_that_an_editor_hid_in_a_folder_gives_no_rows(run: Converter, tmp_path: Path) -> None:
+    (tmp_path / "in" / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("rows.json", ".ipynb_checkpoints/rows-checkpoint.json", "._rows.json"):
+        (tmp_path / "in" / name).write_text(json.dumps([{"instruction": "q", "output": "a"}]))
+    assert len(run("alpaca", tmp_path / "in")) == 1
+    assert detect(tmp_path / "in") == "alpaca"
+
+
 # DICOM ---------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -57,6 +58,41 @@ def test_parts_made_from_folders_of_other_names_merge(photos: Path, tmp_path: Pa
     photos.rename(tmp_path / "fotos")
     convert("llava", path, tmp_path / "fotos", tmp_path / "p2", settings=SMALL, part=(2, 2))
     assert len(merge([tmp_path / "p1", tmp_path / "p2"], tmp_path / "m")) == 20
+
+
+def test_parts_made_from_copies_of_one_folder_merge(photos: Path, tmp_path: Path) -> None:
+    """Another machine has its own times, and what its system left in the folder."""
+    for number in range(5):
+        (photos / f"{number}.txt").write_text(f"Picture {number}.")
+    (photos / "deep" / "5.txt").write_text("Picture 5.")
+    small = Settings(rows_per_shard=2, on_bad="drop")
+    convert("folder", photos, None, tmp_path / "whole", settings=small)
+    convert("folder", photos, None, tmp_path / "p1", settings=small, part=(1, 2))
+    copy = tmp_path / "elsewhere" / "photos"
+    shutil.copytree(photos, copy)
+    for file in copy.iterdir():
+        os.utime(file, (1, 1))
+    (copy / "._0.jpg").write_bytes(b"left by a system")
+    (copy / ".trash").mkdir()
+    (copy / ".trash" / "0.txt").write_text("gone")
+    convert("folder", copy, None, tmp_path / "p2", settings=small, part=(2, 2))
+    merge([tmp_path / "p1", tmp_path / "p2"], tmp_path / "m")
+    assert files(tmp_path / "m") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["1.txt", "1.png", "notes.bin"])
+def test_parts_made_from_folders_that_differ_do_not(photos: Path, tmp_path: Path, name: str) -> None:
+    for number in range(5):
+        (photos / f"{number}.txt").write_text(f"Picture {number}.")
+    (photos / "deep" / "5.txt").write_text("Picture 5.")
+    (photos / "notes.bin").write_bytes(b"12")
+    small = Settings(rows_per_shard=2, on_bad="drop")
+    convert("folder", photos, None, tmp_path / "p1", settings=small, part=(1, 2))
+    data = (photos / name).read_bytes()
+    (photos / name).write_bytes(data + b"x" if name.endswith(".png") else bytes(reversed(data)))
+    convert("folder", photos, None, tmp_path / "p2", settings=small, part=(2, 2))
+    with pytest.raises(ConfigError, match="different inputs or options"):
+        merge([tmp_path / "p1", tmp_path / "p2"], tmp_path / "m")
 
 
 def test_more_parts_than_shards_still_merge(photos: Path, tmp_path: Path) -> None:
