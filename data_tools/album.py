@@ -67,8 +67,8 @@ class Album:
         if isinstance(name, bytes):
             return unread(name, where, window=window)
         if isinstance(name, dict):
-            if isinstance(name.get("bytes"), bytes):
-                return unread(name["bytes"], where, window=window)
+            if isinstance(name.get("bytes"), bytes | Unread):
+                return self.picture(name["bytes"], where, window=window)
             name = name.get("path") or name.get("url")
         if not isinstance(name, str) or not name:
             raise SampleError(f"{where}: a picture is named by {name!r}; write its path below the images folder")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from data_tools.cells import cell_of, placed
 from mmit.config import ConfigError
 from mmit.data.sample import Sample, SampleError
 
@@ -369,17 +370,24 @@ def table_rows(path: Path) -> Iterator[Row | Rejected]:
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a parquet file, a batch at a time."""
+    """The rows of a parquet file, a few at a time; pictures in them by their place."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(path, buffer_size=CHUNK) as table:
+            columns = [item.name for item in table.schema_arrow if "binary" in str(item.type)]
             number = 0
-            for batch in table.iter_batches(batch_size=64):
-                for record in batch.to_pylist():
-                    yield row_at(path, number, record, lines=False)
-                    number += 1
+            for group in range(table.num_row_groups):
+                first = number
+                for batch in table.iter_batches(batch_size=16, row_groups=[group], use_threads=False):
+                    for record in batch.to_pylist():
+                        row = row_at(path, number, record, lines=False)
+                        for column in columns:
+                            cell = cell_of(path, group, number - first, column, row.where)
+                            record[column] = placed(record[column], cell)
+                        yield row
+                        number += 1
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path") from None
     except pa.ArrowException as error:

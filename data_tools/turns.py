@@ -211,7 +211,7 @@ def names_of(value: Any, where: str, *, field: str = "image") -> list[Any]:
     """Picture names given as one, as a list, or not at all."""
     if value is None or value == "":
         return []
-    if isinstance(value, str | dict | bytes):
+    if isinstance(value, str | dict | bytes | Picture):
         return [value]
     if isinstance(value, Sequence):
         return list(value)

@@ -17,6 +17,9 @@ from data_tools.rows import Rejected
 from mmit.config import ConfigError
 from mmit.data.sample import Sample
 
+KEPT: list[tempfile.TemporaryDirectory[str]] = []
+"""Until this process ends: workers read the pictures when all rows have long been read."""
+
 
 def samples(
     path: Path,
@@ -41,13 +44,13 @@ def samples(
         given = json.loads(options) if isinstance(options, str) else options
     except ValueError as error:
         raise ConfigError(f"hub: options {options!r} is not JSON ({error}); write for example {{least: 4}}") from None
-    with tempfile.TemporaryDirectory() as folder:
-        for name, feature in data.features.items():
-            if isinstance(feature, datasets.Image):
-                data = data.cast_column(name, datasets.Image(decode=False))
-        file = Path(folder) / f"{Path(path).name}.parquet"
-        data.to_parquet(str(file))
-        from data_tools.detect import detect
-        from data_tools.formats import samples_of
+    KEPT.append(tempfile.TemporaryDirectory())
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    file = Path(KEPT[-1].name) / f"{Path(path).name}.parquet"
+    data.to_parquet(str(file))
+    from data_tools.detect import detect
+    from data_tools.formats import samples_of
 
-        yield from samples_of(layout or detect(file), file, images, given)
+    yield from samples_of(layout or detect(file), file, images, given)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.album import Album, unread
+from data_tools.cells import Stretch, stretch_of
 from data_tools.formats.messages import parts_of_row
 from data_tools.rows import Rejected, Row, each, files_below
 from data_tools.tars import (
@@ -87,14 +88,22 @@ def sample_of_members(row: Row, *, prompt: str, strip: bool) -> Sample:
 
 
 def rows(tar: Path) -> Iterator[Row | Rejected]:
-    """One row a sample of a tar that is not compressed."""
+    """One row a sample of a tar that is not compressed; its pictures stay where they lie."""
     with tar.open("rb") as file:
+
+        def content(member: Member, where: str) -> bytes | Stretch:
+            size = min(member.size, member.limit)
+            if member.kind not in PICTURES:
+                return os.pread(file.fileno(), size, member.offset)
+            return stretch_of(tar, member.offset, size, f"{where}: {member.ending}")
+
         for group in groups(tar):
             if isinstance(group, Rejected):
                 yield group
                 continue
-            members = [(m.ending, os.pread(file.fileno(), min(m.size, m.limit), m.offset)) for m in group.members]
-            yield Row(tar.name, group.number, f"{tar.name}:{group.key}", {"key": group.key, "members": members})
+            where = f"{tar.name}:{group.key}"
+            members = [(member.ending, content(member, where)) for member in group.members]
+            yield Row(tar.name, group.number, where, {"key": group.key, "members": members})
 
 
 def _streamed_rows(tar: Path) -> Iterator[Row | Rejected]:

@@ -435,14 +435,17 @@ def test_a_repository_is_read_by_the_library_of_the_hub(
     text = datasets.Value("string")
     features = datasets.Features({"images": [datasets.Image()], "texts": [{"user": text, "assistant": text}]})
     rows = [
-        {"images": [{"bytes": picture_bytes(n), "path": None}], "texts": [{"user": "q", "assistant": f"{n}"}]}
+        {
+            "images": [{"bytes": picture_bytes(n, size=(90, 80)), "path": None}],
+            "texts": [{"user": "q", "assistant": f"{n}"}],
+        }
         for n in range(2)
     ]
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
     samples = run("hub", tmp_path / "set")
     assert [sample.messages[1].text for sample in samples] == ["0", "1"]
-    assert [sample.images[0].data for sample in samples] == [picture_bytes(0), picture_bytes(1)]
+    assert [sample.images[0].data for sample in samples] == [picture_bytes(n, size=(90, 80)) for n in range(2)]
     with pytest.raises(ConfigError, match="cannot be loaded"):
         run("hub", tmp_path / "set", split="test")
 
