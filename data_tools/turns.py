@@ -100,7 +100,7 @@ def valued_turns(
         here = f"{where}: turn {number}"
         if not isinstance(turn, dict):
             raise SampleError(f"{here}: expected an object with {role[0]} and {text[0]}, found {str(turn)[:60]!r}")
-        named, said = (next((turn[key] for key in keys if key in turn), None) for keys in (role, text))
+        named, said = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in (role, text))
         ours = role_of(named, here, roles)
         calls = called(turn, here)
         content = "" if said is None and calls else text_of(said, here)
@@ -120,7 +120,8 @@ def trained(turn: Mapping[str, Any], role: Role, where: str) -> bool | None:
     return None
 
 
-UNREAD = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")
+UNREAD = ("reasoning_content", "reasoning", "thinking", "refusal")
+SHOWN = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def called(turn: Mapping[str, Any], where: str) -> str:
@@ -130,6 +131,12 @@ def called(turn: Mapping[str, Any], where: str) -> str:
             raise SampleError(
                 f"{where}: the turn has {key}, which is not read here; write it into the content as the model is to "
                 f"write it, or take it out"
+            )
+    for key in SHOWN:
+        if turn.get(key):
+            raise SampleError(
+                f"{where}: the turn itself has {key}, which is not read here; name the file in the row, and mark its "
+                f"place in the text"
             )
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
     if not isinstance(calls, list):

@@ -135,18 +135,20 @@ class _Reader:
         here = f"{self.where}: message {number}"
         if not isinstance(item, dict):
             raise SampleError(f"{here}: expected an object with role and content, found {str(item)[:60]!r}")
-        name = item.get("role", item.get("from"))
+        name = item.get("role") or item.get("from")
         role: Role = "assistant" if name == "pretrain" else role_of(name, here)
-        content = item.get("content", item.get("value"))
+        content = next((item[key] for key in ("content", "value") if item.get(key) is not None), None)
+        calls = called(item, here)
         if isinstance(content, str):
             parts = (
                 self.marked_text(content, here) if self.places.marked == "row" else [TextPart(text_of(content, here))]
             )
-        elif content is None:
+        elif content is not None:
+            parts = self.listed(content, here)
+        elif calls:
             parts = []
         else:
-            parts = self.listed(content, here)
-        calls = called(item, here)
+            raise SampleError(f"{here}: no content; the turn has {', '.join(map(str, item)) or 'no fields'}")
         if calls:
             parts.append(TextPart(f"\n{calls}" if parts else calls))
         return Turn(role, parts, trained(item, role, here))

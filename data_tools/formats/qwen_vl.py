@@ -27,7 +27,7 @@ def samples(
         names = [_below(record.get("data_path"), name) for name in pictures_named(record, row.where)]
         placed = place_pictures(turns, len(names), row.where)
         return sample_of(
-            told_first(placed, row.where, system=record.get("system")),
+            told_first(placed, row.where, system=record.get("system"), tools=record.get("tools")),
             images=[album.picture(name, row.where) for name in names],
             meta={"id": record["id"]} if isinstance(record.get("id"), str | int) else {},
             where=row.where,

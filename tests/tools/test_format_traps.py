@@ -107,6 +107,43 @@ def test_a_row_with_a_video_or_a_sound_is_no_text(run: Converter, photos: Path, 
         run(format, [row], photos)
 
 
+@pytest.mark.parametrize("format", ["messages", "trl", "xtuner", "sharegpt", "llava", "qwen-vl", "ms-swift", "video"])
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"images": ["0.png"]}, "the turn itself has images"),
+        ({"content": None, "value": None, "parts": [{"text": "q"}]}, "no content; the turn has|found NoneType"),
+        ({"content": None, "value": None}, "no content; the turn has|found NoneType"),
+    ],
+)
+def test_a_turn_loses_nothing_that_stands_under_another_name(
+    run: Converter, photos: Path, format: str, turn: dict[str, Any], reason: str
+) -> None:
+    kind = "messages" if format in ("messages", "trl", "xtuner", "ms-swift", "video") else "conversations"
+    listed = messages() if kind == "messages" else turns()
+    listed[0] |= turn
+    with pytest.raises(RejectedRows, match=reason):
+        run(format, [{kind: listed}], photos)
+
+
+@pytest.mark.parametrize("format", ["sharegpt", "llava", "qwen-vl", "messages"])
+def test_the_empty_columns_of_a_joined_table_hide_nothing(run: Converter, format: str) -> None:
+    """Sets of both spellings joined into one parquet file have all four names in every turn."""
+    both = [
+        {"from": a, "value": b, "role": c, "content": d}
+        for a, b, c, d in ((None, None, "user", "q"), (None, None, "assistant", "a"))
+    ]
+    (sample,) = run(format, [{"messages" if format == "messages" else "conversations": both}])
+    assert flat(sample) == PAIR
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt", "llava", "qwen-vl", "ms-swift", "video"])
+def test_tools_beside_the_turns_are_told(run: Converter, format: str) -> None:
+    kind = "messages" if format in ("messages", "ms-swift", "video") else "conversations"
+    (sample,) = run(format, [{kind: messages() if kind == "messages" else turns(), "tools": '[{"name": "f"}]'}])
+    assert flat(sample) == [("system", ['[{"name": "f"}]']), *PAIR]
+
+
 @pytest.mark.parametrize(
     ("format", "row"),
     [
