@@ -19,18 +19,37 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+def _number(value: Any) -> Any:
+    """YAML's yes, no, on and off are booleans, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "expected a number")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool | float):
+        raise PydanticCustomError("whole_number", "expected a whole number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+Float = Annotated[float, BeforeValidator(_number)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A path, hub name or address."""
@@ -66,7 +85,7 @@ class Vision(Section):
     pretrained: Place | None = None
     """open_clip: the tag or file of the weights, unless `name` is hf-hub:NAME or local-dir:FOLDER, which hold them.
     transformers loads those of `name`."""
-    layer: int = -2
+    layer: Int = -2
     """Hidden state to read, counted as transformers does: 0 the embeddings, -1 the last block, before the
     final norm."""
     select: Literal["patch", "cls_patch", "cls"] = "patch"
@@ -187,7 +206,7 @@ class Source(Section):
     @field_validator("path", mode="before")
     @classmethod
     def _path_is_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) else value
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Source:
@@ -267,7 +286,7 @@ class Stage(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = 0.03
     """Share of the stage's steps over which the learning rate rises."""
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final_lr: Share = 0.0
     """Learning rate at the end of a cosine or linear schedule, as a share of the peak."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW decay of matrices; norms and biases are never decayed."""
@@ -277,10 +296,10 @@ class Stage(Section):
     gradient_checkpointing: bool = False
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """`skip`: a sample that cannot be read leaves a hole in its step and a line in skipped.jsonl."""
-    max_skipped: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_skipped: Share = 0.01
     """Share of the samples seen that may be skipped as bad, from the 100th on; the run stops beyond it, or when 100 in
     a row are bad."""
-    skip_nonfinite: Annotated[int, Field(ge=0, le=3)] = 0
+    skip_nonfinite: Annotated[Int, Field(ge=0, le=3)] = 0
     """Steps in a row, 3 at most, whose update is left out because loss or gradient is not finite, before the run
     stops."""
 
@@ -294,7 +313,7 @@ class Stage(Section):
 
 
 class Holdout(Section):
-    fraction: Annotated[float, Field(gt=0, lt=1)]
+    fraction: Annotated[Float, Field(gt=0, lt=1)]
     by: Annotated[str, Field(pattern=r"^(picture|sample|meta\..+)$")] = "picture"
     """What stays on one side: all samples of a picture, or of a value of `meta.KEY`."""
 

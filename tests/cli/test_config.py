@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from data_tools.formats import FORMATS
 from mmit import cli
@@ -209,6 +210,62 @@ def test_an_override_that_leads_nowhere_says_where_it_stopped(override: str, tol
 
 
 # Faults -------------------------------------------------------------------------------------------------------------
+
+
+NUMBERS = {
+    "whole": [
+        *("seed", "workers", "threads", "save.every", "save.keep", "eval.every", "eval.samples", "eval.generate"),
+        *("eval.max_new_tokens", "model.vision.layer", "model.vision.side", "model.projector.depth"),
+        *("stages.sft.batch_size", "stages.sft.steps", "stages.sft.max_tokens", "stages.sft.row_tokens"),
+        *("stages.sft.row_images", "stages.sft.window", "stages.sft.skip_nonfinite", "stages.sft.data.0.limit"),
+        "stages.sft.train.language.lora.rank",
+    ],
+    "real": [
+        *("eval.holdout.fraction", "remote_cache_gb", "stages.sft.epochs", "stages.sft.warmup", "stages.sft.final_lr"),
+        *("stages.sft.weight_decay", "stages.sft.betas.0", "stages.sft.clip", "stages.sft.max_skipped"),
+        *("stages.sft.train.language.lr", "stages.sft.train.language.lora.alpha", "stages.sft.data.0.repeat"),
+        "stages.sft.train.language.lora.dropout",
+    ],
+}
+
+
+def numbers_in(model: type[BaseModel]) -> set[str]:
+    """The names of the fields, of a model and of those within it, that may hold a number."""
+
+    def kinds(annotation: Any) -> Iterator[type]:
+        if isinstance(annotation, type) and not get_args(annotation):
+            yield annotation
+        for item in get_args(annotation) if get_origin(annotation) is not Literal else ():
+            yield from kinds(item)
+
+    names: set[str] = set()
+    for name, field in model.model_fields.items():
+        for kind in kinds(field.annotation):
+            names |= {name} if kind in (int, float) else numbers_in(kind) if issubclass(kind, BaseModel) else set()
+    return names
+
+
+def test_the_next_tests_leave_out_no_number() -> None:
+    tested = {key.removesuffix(".0").rpartition(".")[2] for keys in NUMBERS.values() for key in keys}
+    assert tested == numbers_in(Config)
+
+
+@pytest.mark.parametrize("key", [key for keys in NUMBERS.values() for key in keys])
+@pytest.mark.parametrize("word", ["yes", "off", "true"])
+def test_a_word_that_yaml_reads_as_a_boolean_is_no_number(key: str, word: str) -> None:
+    """`batch_size: yes` was 1."""
+    place = key.replace("sft", "1")
+    (told,) = faults(put("stages/1/betas", [0.9, 0.95]), "eval.holdout.fraction=0.1", f"{key}={word}")
+    kind = "whole number" if key in NUMBERS["whole"] else "number"
+    assert told.startswith(f"{place}: expected a {kind}")
+    assert told.endswith(f"; found {word != 'off'}")
+
+
+@pytest.mark.parametrize("key", NUMBERS["whole"])
+def test_a_number_with_a_point_does_not_count_things(key: str) -> None:
+    (told,) = faults(nothing, "eval.holdout.fraction=0.1", f"{key}=2.0")
+    assert told.startswith(f"{key.replace('sft', '1')}: expected a whole number")
+    assert told.endswith("; found 2.0")
 
 
 def test_all_faults_are_told_at_once_with_suggestions() -> None:
