@@ -43,6 +43,9 @@ class ChatFormat:
     """A string that opens every conversation; bos tokens that a template writes out stand here."""
     strip: tuple[Role, ...] = ()
     """The roles whose texts lose the whitespace at the edges of the message."""
+    strip_joined: bool = False
+    """A system text `inside` the first user turn and the text of that turn lose their edges as one, strings between
+    them included, as in Llama 2's template."""
     pictures_only: bool = False
     """Only pictures are kept of messages that are not the assistant's, as in LLaVA's first stage."""
     picture_ends_text: bool = False
@@ -164,9 +167,12 @@ def pieces(
             continue
         before, after = _strings(format, item.role, where)
         yield Piece(item.role, "marker", before)
+        opening: list[Piece] = []
         if system is not None and number == 0 and format.system_place == "inside":
-            yield from _wrapped(format, system, format.system, where, boxes)
-        yield from _body(format, item, where, boxes, segment="prompt")
+            opening = list(_wrapped(format, system, format.system, where, boxes))
+        joined = bool(opening) and format.strip_joined
+        laid = [*opening, *_body(format, item, where, boxes, segment="prompt", strip=not joined)]
+        yield from _stripped(laid) if joined else laid
         yield Piece(item.role, "marker", after)
     if prompt:
         yield Piece("assistant", "marker", format.assistant[0])
@@ -225,18 +231,38 @@ def _answer(format: ChatFormat, item: Message, where: str, boxes: Boxes | None) 
 
 
 def _body(
-    format: ChatFormat, item: Message, where: str, boxes: Boxes | None, *, segment: Literal["prompt", "answer"]
+    format: ChatFormat,
+    item: Message,
+    where: str,
+    boxes: Boxes | None,
+    *,
+    segment: Literal["prompt", "answer"],
+    strip: bool = True,
 ) -> Iterator[Piece]:
     last = len(item.parts) - 1
     for number, part in enumerate(item.parts):
         for picture in image_indices(part):
             yield Piece(item.role, "image", picture=picture, segment=segment)
         text = _text(part, where, boxes)
-        if item.role in format.strip:
+        if strip and item.role in format.strip:
             text = text.lstrip() if number == 0 else text
             text = text.rstrip() if number == last else text
         if text and not (format.pictures_only and item.role != "assistant"):
             yield Piece(item.role, "text", text, segment=segment, train=item.train)
+
+
+def _stripped(laid: Sequence[Piece]) -> list[Piece]:
+    """Neighbouring pieces without the whitespace at the edges of all of them; a picture is an edge."""
+
+    def without(pieces: Sequence[Piece], edge: Callable[[str], str]) -> list[Piece]:
+        kept = list(pieces)
+        for place, piece in enumerate(kept):
+            kept[place] = piece._replace(text=edge(piece.text))
+            if piece.kind == "image" or kept[place].text:
+                break
+        return kept
+
+    return without(without(laid, str.lstrip)[::-1], str.rstrip)[::-1]
 
 
 def _text(part: Part, where: str, boxes: Boxes | None) -> str:
@@ -312,13 +338,18 @@ def jinja(format: ChatFormat, *, begin: str = "", image: str = "<image>", space:
     if system is not None and format.system_place == "before":
         lines += ["{{- system -}}"]
     lines += ["{%- for message in turns -%}"]
-    inside = " ~ (system if loop.first else '')" if system is not None and format.system_place == "inside" else ""
+    inside = "(system if loop.first else '') ~ " if system is not None and format.system_place == "inside" else ""
     texts = not format.pictures_only
     for word, role, strings in (("if", "user", user), ("elif", "tool", format.tool)):
         if strings is not None:
             text = body.format(_flag(role in format.strip), _flag(texts))
             lines += [f"{{%- {word} message['role'] == '{role}' -%}}"]
-            lines += [f"{{{{- {_quoted(strings[0])}{inside} ~ {text} ~ {_quoted(strings[1])} -}}}}"]
+            if inside and format.strip_joined and role == "user":
+                whole = body.format("false", _flag(texts))
+                text = f"((system ~ {whole}) | trim if loop.first and system else {text})"
+            else:
+                text = f"{inside}{text}"
+            lines += [f"{{{{- {_quoted(strings[0])} ~ {text} ~ {_quoted(strings[1])} -}}}}"]
     text = body.format(_flag("assistant" in format.strip), "true")
     stop = "eos_token" if format.stop is None else _quoted(format.stop)
     lines += ["{%- elif message['role'] == 'assistant' -%}", f"{{{{- {_quoted(assistant[0])} -}}}}"]

@@ -109,6 +109,7 @@ def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFo
     stop, assistant_after = _split_stop(tail, tokenizer)
     start, system, place, default = _system(render, head, user_before, [*between, end])
     roles: tuple[Role, ...] = ("user", "assistant") if system is None else ("system", "user", "assistant")
+    strip: tuple[Role, ...] = tuple(role for role in roles if _strips(render, role))
     format = ChatFormat(
         name="auto",
         begin=False,
@@ -120,7 +121,8 @@ def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFo
         assistant=(prompt_end[len(user_after) :], assistant_after),
         lead=to_answer[len(prompt_end) :],
         stop=stop,
-        strip=tuple(role for role in roles if _strips(render, role)),
+        strip=strip,
+        strip_joined=place == "inside" and "user" in strip and _joins(render),
     )
     return format, (tail, end)
 
@@ -159,11 +161,16 @@ def _between(text: str, before: str, after: str) -> str:
 
 
 def _strips(render: Render, role: Role) -> bool:
-    edged = f" \n {SYSTEM} \n "
-    conversation = [message(item.role, edged) if item.role == role else item for item in TURNS[:2]]
+    """Whether a text loses its right edge; the left one goes too, but where strings stand before it (`_joins`)."""
+    conversation = [message(item.role, f"{SYSTEM} \n ") if item.role == role else item for item in TURNS[:2]]
     if role == "system":
-        conversation.insert(0, message("system", edged))
-    return edged not in render(conversation)
+        conversation.insert(0, message("system", f"{SYSTEM} \n "))
+    return f"{SYSTEM} \n " not in render(conversation)
+
+
+def _joins(render: Render) -> bool:
+    """Whether the first question keeps its left edge behind a system text, though it loses it without one."""
+    return f" \n {USERS[0]}" in render((message("system", SYSTEM), message("user", f" \n {USERS[0]}"), TURNS[1]))
 
 
 def _around(text: str, words: Sequence[str]) -> list[str]:

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from mmit.config import ConfigError
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.chat import CHAT_FORMATS, Chat, jinja, learn, resolve
-from mmit.data.sample import Sample, message
+from mmit.data.chat_formats import pieces
+from mmit.data.sample import ImagePart, Message, Sample, TextPart, message
 
 MARKS = ["<s>", "</s>", "<bos>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 MARKS += ["<start_of_turn>", "<end_of_turn>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -46,6 +47,10 @@ LLAMA_2 = """{% if messages[0].role == 'system' %}{% set system = messages[0].co
 {%- set text = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m.content %}{% else %}{% set text = m.content %}{% endif %}
 {%- if m.role == 'user' %}{{ bos_token + '[INST] ' + text + ' [/INST]' }}
 {%- else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"""
+LLAMA_2_STRIPPED = LLAMA_2.replace("text + ' [/INST]'", "text.strip() + ' [/INST]'").replace(
+    "m.content + ' '", "m.content.strip() + ' '"
+)
+"""As Meta wrote it: what loses its edges is the system text and the first question as one."""
 MISTRAL = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
 {%- elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}{{ raise_exception('roles') }}{% endif %}
 {%- endfor %}"""
@@ -74,6 +79,11 @@ LEARNABLE = {
     "gemma without system": GEMMA_NO_SYSTEM,
     "llama 2": LLAMA_2.replace("DEFAULT", "false"),
     "llama 2 with a default system text": LLAMA_2.replace("DEFAULT", "'You help.'"),
+    "llama 2 that strips": LLAMA_2_STRIPPED.replace("DEFAULT", "false"),
+    "llama 2 that strips, with a default system text": LLAMA_2_STRIPPED.replace("DEFAULT", "'You help. '"),
+    "a system text that is stripped with the question": LLAMA_2_STRIPPED.replace("DEFAULT", "false")
+    .replace("'<<SYS>>\n' + ", "")
+    .replace("<</SYS>>", ""),
     "mistral": MISTRAL,
     "phi": PHI,
     "phi that closes a conversation": CLOSED,
@@ -84,7 +94,19 @@ LEARNABLE = {
     "our own twin of vicuna_v1": jinja(CHAT_FORMATS["vicuna_v1"], begin="<s>"),
     "our own twin of llava_llama_2": jinja(CHAT_FORMATS["llava_llama_2"]),
 }
-TEXTS = ["hi", " edge", "edge \n", "\n\nlines\nmore", "Zoë 世界", "USER: x", "{{ bos_token }}", "a  b", "x" * 50]
+TEXTS = [
+    "hi",
+    " edge",
+    "edge \n",
+    "\n\nlines\nmore",
+    "Zoë 世界",
+    "USER: x",
+    "{{ bos_token }}",
+    "a  b",
+    "x" * 50,
+    "",
+    " \n ",
+]
 
 
 @pytest.mark.parametrize("name", LEARNABLE)
@@ -108,6 +130,28 @@ def test_a_learned_format_gives_the_ids_of_the_template(name: str) -> None:
         more = {"llama 3 that always opens a turn": chat.format.assistant[0], "phi that closes a conversation": "</s>"}
         assert made.decode(whole[len(ours) :]) == more.get(name, "")
         assert ours[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_the_twin_of_a_learned_format_writes_the_same(name: str) -> None:
+    """Messages of the twin may hold pictures, which the template it was learned from need not know."""
+    format, draw = learn(with_template(LEARNABLE[name])), random.Random(0)
+    made = with_template(jinja(format))
+    for turns in range(1, 7):
+        messages = [message(role, draw.choice(TEXTS)) for _ in range(turns) for role in ("user", "assistant")]
+        messages[0] = message("user", draw.choice(TEXTS), ImagePart(0), *draw.choices(TEXTS, k=turns % 2))
+        if format.system and turns % 2:
+            messages.insert(0, message("system", draw.choice(TEXTS)))
+        laid = "".join(
+            "<image>" if piece.kind == "image" else piece.text for piece in pieces(format, messages, where="")
+        )
+        content = [{"role": item.role, "content": _content(item)} for item in messages]
+        assert made.apply_chat_template(content, tokenize=False) == laid
+
+
+def _content(item: Message) -> str | list[dict[str, str]]:
+    parts = [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in item.parts]
+    return parts if {"type": "image"} in parts else item.text
 
 
 def test_what_is_learned_is_the_built_in_where_there_is_one() -> None:
