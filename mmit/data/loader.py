@@ -197,7 +197,7 @@ class Steps(Dataset[Step]):
         holes: list[Hole] = []
         lost: set[int] = set()
         for occurrence in occurrences:
-            outcome = self._guard(occurrence, lambda encoder, index: encoder.example(index))
+            outcome = self.guard(occurrence, lambda encoder, index: encoder.example(index))
             if isinstance(outcome, Hole):
                 holes.append(outcome)
             elif isinstance(outcome, str):
@@ -247,7 +247,7 @@ class Steps(Dataset[Step]):
                 # Read, and so checked, even if another sample of the row shows the same: a damaged copy is a hole in
                 # every layout or in none.
                 missing = shown - pixels.keys()
-                found = self._guard(occurrence, lambda encoder, i, new=missing: dict(encoder.pixels(i, new)))
+                found = self.guard(occurrence, lambda encoder, i, new=missing: dict(encoder.pixels(i, new)))
                 if isinstance(found, Hole):
                     holes[place] = found
                     continue
@@ -258,10 +258,10 @@ class Steps(Dataset[Step]):
 
     def try_example(self, encoder: Encoder, index: int) -> tuple[Example, bool] | str | None:
         """As `encoder.example`, None for a bad sample that the stage skips."""
-        outcome = self._guard(Occurrence(self.encoders.index(encoder), index, 0), lambda e, i: e.example(i))
+        outcome = self.guard(Occurrence(self.encoders.index(encoder), index, 0), lambda e, i: e.example(i))
         return None if isinstance(outcome, Hole) else outcome
 
-    def _guard(self, occurrence: Occurrence, read: Callable[[Encoder, int], T]) -> T | Hole:
+    def guard(self, occurrence: Occurrence, read: Callable[[Encoder, int], T]) -> T | Hole:
         """What `read` gives, or a hole where the sample is bad and the stage says to skip such samples."""
         encoder, worker = self.encoders[occurrence.source], get_worker_info()
         if self.reading is not None and worker is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mmit.data.sample import ImagePart, Message, Part, Sample, SampleError, TextPart, image_indices, message
+from mmit.data.sample import ImagePart, Message, Part, Sample, TextPart, image_indices, message
 from mmit.evaluation.scores import exact_match
 from mmit.inference.conversation import Conversation, Shown
 from mmit.inference.generate import Model
@@ -58,15 +58,15 @@ def evaluate_answers(
 
 
 def questions(samples: Iterable[Sample], *, history: bool = False) -> Iterator[tuple[Conversation, str]]:
-    """Each question of the samples as a conversation, with the answer that is expected."""
+    """Each question of the samples as a conversation, with the answer that is expected; a conversation may begin with
+    an answer, which nothing asks for."""
     for sample in samples:
         where = f"{sample.source}:{sample.key}"
         pictures = tuple(Shown(picture) for picture in sample.images)
         before: list[Message] = []
         for item in sample.messages:
-            if item.role == "assistant" and item.train:
-                if not before or before[-1].role in ("assistant", "system"):
-                    raise SampleError(f"{where}: an answer follows no question; put a user message before it")
+            follows_question = bool(before) and before[-1].role not in ("assistant", "system")
+            if item.role == "assistant" and item.train and follows_question:
                 asked = tuple(before) if history else _alone(before)
                 yield Conversation(asked, pictures, where), item.text
             before.append(item)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mmit.data.chat import Chat
 from mmit.data.loader import Encoder, Steps
 from mmit.data.packing import IGNORED, Example, pack
-from mmit.data.sample import SampleError
 from mmit.evaluation.answers import questions
 from mmit.evaluation.scores import Metric
 from mmit.inference.generate import StopText
@@ -85,13 +84,8 @@ def scored(
 def _questions(held_out: Steps) -> Iterator[Question]:
     for number in range(held_out.order.steps(0)):
         for occurrence in held_out.order.step(number):
-            try:
-                question = _question(held_out.encoders[occurrence.source], occurrence.index)
-            except SampleError:
-                if held_out.on_bad_sample == "raise":
-                    raise
-                continue  # a hole of the held-out steps too
-            if question is not None:
+            question = held_out.guard(occurrence, _question)
+            if isinstance(question, Question):  # a hole is one of the held-out steps too, which tell of it
                 yield question
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -70,10 +72,7 @@ def _learns_from_pictures(row: Row) -> bool:
 
 def count_skipped(at: RunningStage, step: Step) -> list[Hole]:
     """The holes of the step over all ranks. SampleError once too many samples could not be read."""
-    holes = [hole for hole in step.holes if not hole.here]
-    own = [hole for hole in step.holes if hole.here]
-    for found in parallel.gathered(at.accelerator, own):
-        holes += found
+    holes = of_all_ranks(at.accelerator, step.holes)
     progress, settings = at.progress, at.settings
     samples = step.samples + len(step.holes) - sum(hole.kind == "long" for hole in step.holes)
     bad = [hole for hole in holes if hole.kind == "bad"]
@@ -91,3 +90,11 @@ def count_skipped(at: RunningStage, step: Step) -> list[Hole]:
             f"stages.{settings.name}.max_skipped"
         )
     return holes
+
+
+def of_all_ranks(accelerator: Accelerator, holes: Sequence[Hole]) -> list[Hole]:
+    """Those that every rank knows, and those that one alone has met while decoding its pictures."""
+    own = [hole for hole in holes if hole.here]
+    return [hole for hole in holes if not hole.here] + [
+        hole for found in parallel.gathered(accelerator, own) for hole in found
+    ]

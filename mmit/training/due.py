@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from mmit.config import Config, ConfigError
-from mmit.data.loader import load
+from mmit.data.loader import Hole, load
 from mmit.data.packing import Row
 from mmit.evaluation.scores import metric_of
 from mmit.training import parallel, state
 from mmit.training.answers import answers, held_out_questions, scored
+from mmit.training.checks import of_all_ranks
 from mmit.training.data import StageData
 from mmit.training.run import Interrupted
 from mmit.training.runlog import or_none
@@ -96,21 +97,28 @@ def _evaluate(at: RunningStage) -> dict[str, Any] | None:
     at.model.eval()
     try:
         with torch.no_grad():
-            record = _held_out_loss(at)
-            going_on = record is not None and _answer(at, record)
+            found = _held_out_loss(at)
+            going_on = found is not None and _answer(at, found[0])
     finally:
         for module in modes:
             module.training = True
         parallel.reshard(at.model)
-    return record if going_on else None
+    if found is None or not going_on:
+        return None
+    record, holes = found
+    at.log.holes(at.progress.done, holes, held_out=True)
+    return record
 
 
-def _held_out_loss(at: RunningStage) -> dict[str, Any] | None:
+def _held_out_loss(at: RunningStage) -> tuple[dict[str, Any], list[Hole]] | None:
+    """The loss, and what takes no part in it, the same at every evaluation."""
     held_out, accelerator = at.data.held_out, at.accelerator
     assert held_out is not None
     sums = torch.zeros(len(at.data.titles), 2, dtype=torch.float64, device=accelerator.device)
+    holes: list[Hole] = []
     steps = load(held_out, 0, held_out.order.steps(0), workers=min(at.config.workers, 1))
     for step in parallel.together(accelerator, steps):
+        holes += step.holes
         for row in step.rows:
             if at.stopping():
                 return None
@@ -118,11 +126,12 @@ def _held_out_loss(at: RunningStage) -> dict[str, Any] | None:
             with accelerator.autocast():
                 add_by_source(sums, at.model(row), row)
     sums = parallel.summed(accelerator, sums)
+    holes = sorted(of_all_ranks(accelerator, holes), key=lambda hole: hole.where)
     found = zip(at.data.titles, sums.tolist(), strict=True)
     losses = {title: or_none(total / count) for title, (total, count) in found if count}
     total, count = sums.sum(0).tolist()
     record = {"stage": at.settings.name, "step": at.progress.done, "held_out": losses, "supervised": int(count)}
-    return record | {"loss": or_none(total / max(count, 1))}
+    return record | {"skipped": len(holes), "loss": or_none(total / count) if count else None}, holes
 
 
 def _answer(at: RunningStage, record: dict[str, Any]) -> bool:

@@ -98,17 +98,20 @@ class RunLog:
             left = (self.total - number) * record["seconds"]
             self.console.print(f"{self.stage} {number}/{self.total}  {facts}  {left / 60:.1f} min left")
 
-    def holes(self, step: int, holes: Sequence[Hole]) -> None:
+    def holes(self, step: int, holes: Sequence[Hole], *, held_out: bool = False) -> None:
         for hole in holes if self.active else ():
-            entry = {"stage": self.stage, "step": step, "sample": hole.where, "kind": hole.kind}
-            self.append("skipped.jsonl", entry | {"reason": hole.reason})
+            entry = {"stage": self.stage, "step": step, "held_out": held_out, "sample": hole.where}
+            self.append("skipped.jsonl", entry | {"kind": hole.kind, "reason": hole.reason})
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         if self.active:
             self.append("metrics.jsonl", record)
             self._trackers.log(record, record["step"])
             losses = "  ".join(f"{name} {_shown(loss)}" for name, loss in record["held_out"].items())
-            self.say(f"{self.stage} step {record['step']}: held-out loss {losses}")
+            self.say(f"{self.stage} step {record['step']}: held-out loss {losses or 'of nothing'}")
+            if record["skipped"]:
+                left_out = f"{record['skipped']} held-out samples are left out, see skipped.jsonl"
+                self.say(f"{self.stage} step {record['step']}: {left_out}")
             if "scores" in record:
                 scores = "  ".join(f"{name} {score:.1%}" for name, score in record["scores"].items())
                 self.say(

@@ -85,6 +85,13 @@ def test_answers_that_are_not_learned_are_not_asked_for() -> None:
     assert len(list(questions([sample]))) == 3
 
 
+def test_an_answer_that_opens_a_conversation_is_asked_for_by_nothing() -> None:
+    """It ended a run at its first evaluation, though training takes such conversations."""
+    sample = read(1)[0]
+    greeted = replace(sample, messages=(message("assistant", "Hello."), *sample.messages))
+    assert len(list(questions([greeted], history=True))) == len(list(questions([sample], history=True))) == 4
+
+
 @pytest.mark.parametrize("history", [False, True])
 def test_records_hold_what_asking_by_hand_gives(model: Model, history: bool) -> None:
     held_out = read(3)

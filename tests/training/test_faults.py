@@ -93,6 +93,50 @@ def test_pictures_that_one_rank_alone_cannot_decode_are_counted_and_told_by_the_
     assert sum(line["samples"] for line in lines) == 21
 
 
+def test_a_held_out_sample_that_cannot_be_read_is_told_and_left_out_of_every_evaluation_alike(
+    undecodable: Path, data: Path, tmp_path: Path
+) -> None:
+    """They were left out of loss and answers without a word."""
+
+    def wanted(name: str) -> Config:
+        only = stage("s", data, BOTH, on_bad_sample="skip", steps=6, row_tokens=200)
+        evaluated = {"data": [{"shards": str(undecodable)}], "every": 3, "generate": 30, "max_new_tokens": 2}
+        return config(tmp_path / name, only, precision="fp64", eval=evaluated)
+
+    one, two = run(wanted("one")), run_ranks(wanted("two"), 2)
+    assert_same_losses(one, two)
+    first, last = metrics(one, evaluations=True)
+    assert (first["skipped"], last["skipped"]) == (3, 3)
+    assert first["supervised"] == last["supervised"]
+    assert first["answered"] == last["answered"] == 21
+    lines = [line for line in skipped(one) if line["held_out"]]
+    told = [(line["step"], line["sample"].rpartition(":")[2], line["kind"]) for line in lines]
+    assert told == [(step, key, "bad") for step in (3, 6) for key in ("p0003", "p0010", "p0017")]
+    assert [line for line in skipped(two) if line["held_out"]] == lines
+    assert "step 3: 3 held-out samples are left out, see skipped.jsonl" in said(wanted("one"))
+    assert sum(line["skipped"] for line in metrics(one)) == len(skipped(one)) - len(lines)
+
+
+def test_held_out_samples_of_which_none_can_be_read_have_no_loss(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was 0, the best there is."""
+    folder = shards(tmp_path / "held", [replace(alone(number), key=f"x{number}") for number in range(4)])
+
+    def fails(data: bytes, where: str, **options: Any) -> Any:
+        if ":x" in where:
+            raise SampleError(f"{where}: not a picture")
+        return decode(data, where, **options)
+
+    monkeypatch.setattr("mmit.data.loader.decode", fails)
+    only = stage("s", data, BOTH, on_bad_sample="skip", steps=3)
+    evaluated = {"data": [{"shards": str(folder)}], "every": 3, "keep_best": True}
+    folder = run(config(tmp_path / "run", only, eval=evaluated))
+    (line,) = metrics(folder, evaluations=True)
+    assert (line["loss"], line["held_out"], line["supervised"]) == (None, {}, 0)
+    assert not (folder / "best").exists()
+
+
 def test_a_bad_sample_in_the_hands_of_a_worker_ends_the_process_and_all_its_workers(tmp_path: Path) -> None:
     """In a process of its own: what tests fork does not end as a program does, which first waits for its workers."""
     whole = picture(13, 12, seed=1)
@@ -141,7 +185,9 @@ def test_the_ledger_and_its_counts_are_exact_after_signals_and_a_kill(
 ) -> None:
     def wanted(name: str) -> Config:
         settings = {"on_bad_sample": "skip", "max_skipped": 0.2, "epochs": 2}
-        return config(tmp_path / name, stage("s", undecodable, BOTH, **settings), save={"every": 4})
+        evaluated = {"data": [{"shards": str(undecodable)}], "every": 3}
+        only = stage("s", undecodable, BOTH, **settings)
+        return config(tmp_path / name, only, save={"every": 4}, eval=evaluated)
 
     straight, again = run(wanted("straight")), wanted("again")
     process = start(again)
@@ -161,7 +207,8 @@ def test_the_ledger_and_its_counts_are_exact_after_signals_and_a_kill(
             assert ended(start(again)) == 75, said(again)
     run(again)
     assert skipped(tmp_path / "again") == skipped(straight)
-    assert len(skipped(straight)) == 6
+    assert [line["held_out"] for line in skipped(straight)].count(False) == 6
+    assert [line["step"] for line in skipped(straight) if line["held_out"]] == [3] * 3 + [6] * 3 + [9] * 3 + [10] * 3
     last = "checkpoints/s-step-10/state.json"
     assert (tmp_path / "again" / last).read_bytes() == (straight / last).read_bytes()
 
