@@ -68,7 +68,7 @@ def _train_stage(
     *,
     check_memory: bool,
 ) -> None:
-    with stop.at_once(accelerator.num_processes == 1), ExitStack() as held:
+    with stop.loading(alone=accelerator.num_processes == 1), ExitStack() as held:
         at = prepare(config, number, resumed, run, accelerator, stop, held)
         held = held.pop_all()
     with held:

@@ -57,6 +57,7 @@ class StopFlag:
         self.set = False
         self._since = 0.0
         self._raises = False
+        self._loading = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -68,6 +69,10 @@ class StopFlag:
         self.set, self._since = True, now
         if self._raises:
             raise Interrupted(NOTHING_LOST)
+        when = "when all ranks have loaded" if self._loading else "as soon as the rows in hand are computed"
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        told = f"{rank}{signal.Signals(number).name}: the run stops {when}; a second signal ends it here and now\n"
+        os.write(2, told.encode())  # not print, in which the signal may have arrived
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -85,15 +90,16 @@ class StopFlag:
                 signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self, wanted: bool) -> Iterator[None]:
-        """Inside the block, where nothing can be lost, a signal raises Interrupted wherever it arrives, if `wanted`."""
-        self._raises = wanted
+    def loading(self, *, alone: bool) -> Iterator[None]:
+        """Inside the block, where nothing can be lost, a signal raises Interrupted wherever it arrives, if the process
+        is `alone`: other ranks would wait for one that left."""
+        self._raises, self._loading = alone, True
         try:
-            if wanted and self.set:
+            if alone and self.set:
                 raise Interrupted(NOTHING_LOST)
             yield
         finally:
-            self._raises = False
+            self._raises = self._loading = False
 
 
 def under_torchrun() -> bool:

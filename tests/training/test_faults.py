@@ -309,6 +309,8 @@ def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_no_step(
         patched.setattr(module, name, stopped)
         assert ended_ranks(start_ranks(again, 2)) == [75, 75], said(again)
     steps = {"loading": 0, "training": 0, "evaluation": 2}[moment]
+    when = "when all ranks have loaded" if moment == "loading" else "as soon as the rows in hand are computed"
+    assert said(again).count(f"rank 1: SIGTERM: the run stops {when}") == 1
     assert (tmp_path / "again/checkpoints" / f"s-step-{steps}").is_dir() == (steps > 0)
     run_ranks(again, 2)
     assert len(metrics(tmp_path / "again")) == 4, "no step was computed twice"
