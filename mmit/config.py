@@ -304,11 +304,16 @@ class Stage(Section):
     stops."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Stage:
+    def _settings_agree(self) -> Stage:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("both epochs and steps are set; keep one of them")
+            raise ValueError("both epochs and steps are set; keep one of them (KEY=null takes one out)")
         if self.group_by is not None and self.order == "window":
             raise ValueError("group_by permutes groups and needs order: full")
+        if self.row_tokens != "auto" and self.row_tokens < self.max_tokens:
+            raise ValueError(
+                f"row_tokens {self.row_tokens} cannot hold a sample of max_tokens {self.max_tokens}; "
+                f"raise row_tokens or lower max_tokens"
+            )
         return self
 
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmit import config as schema
-from mmit.config import ConfigError
+from mmit.config import ConfigError, suggest
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
@@ -158,6 +158,7 @@ def _add_tokens(assembly: Assembly, tokens: Sequence[str]) -> None:
 
 def add_lora(assembly: Assembly, lora: schema.Lora, *, seed: int) -> None:
     """Puts a fresh adapter beside the language model's weights; A by `seed`, B zero (arXiv 2106.09685, section 4.1)."""
+    check_targets(assembly, lora, "language.lora.targets")
     torch.manual_seed(seed)
     targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
     settings = LoraConfig(
@@ -173,12 +174,24 @@ def add_lora(assembly: Assembly, lora: schema.Lora, *, seed: int) -> None:
             # peft 0.21 reads a property that transformers 5.23 renames; needless once peft asks for the new name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             assembly.adapter = cast(PeftModel, get_peft_model(assembly.vlm.language, settings))
-    except ValueError as error:
+    except ValueError as error:  # a module of a kind that peft cannot adapt
         raise ConfigError(f"language.lora.targets: {error}") from None
     assembly.lora = lora
     _rename_adapted(assembly)
     assembly.fresh |= {name for name, p in assembly.vlm.named_parameters() if id(p) not in before}
     assembly.vlm.requires_grad_(False)
+
+
+def check_targets(assembly: Assembly, lora: schema.Lora, where: str) -> None:
+    """ConfigError for a target that names nothing: of several, peft adapts those that do without a word."""
+    if lora.targets == "all-linear":
+        return
+    names = [name for name, _ in assembly.vlm.language.named_modules()]
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            with_weights = assembly.vlm.language.named_parameters()
+            layers = sorted({name.split(".")[-2] for name, weight in with_weights if weight.ndim == 2})
+            raise ConfigError(f"{where}: {target!r} names no layer of the language model; {suggest(target, layers)}")
 
 
 def merge_lora(assembly: Assembly) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from torch import nn
 from mmit.config import Config, Stage
 from mmit.data.cache import cache_folder
 from mmit.evaluation.scores import metric_of
-from mmit.model.build import Assembly, set_modes, set_trained
+from mmit.model.build import Assembly, check_targets, set_modes, set_trained
 from mmit.model.probes import chunk_for, probe_embeddings, probe_head, probe_isolation
 from mmit.training import parallel, state
 from mmit.training.answers import Question
@@ -86,6 +87,7 @@ def prepare(
             ranks=accelerator.num_processes,
         ),
     )
+    parallel.on_main(accelerator, lambda: _look_ahead(config, number, assembly, cache))
     if resumed is None and number == 0:
         parallel.on_all(accelerator, lambda: initialise_projector(config, assembly, data.training))
     trained, frozen = dtypes(config, device)
@@ -118,6 +120,16 @@ def prepare(
         log.say(f"{stage.name}: going on after step {progress.done}")
     saved = replace(progress) if resumed is not None else None
     return RunningStage(config, number, run, accelerator, stop, assembly, data, model, optimizer, progress, log, saved)
+
+
+def _look_ahead(config: Config, number: int, assembly: Assembly, cache: Path) -> None:
+    """Raises now what later stages would raise once those before them have trained: data, chat formats, targets."""
+    for stage in config.stages[number + 1 :]:
+        if stage.train.language is not None and stage.train.language.lora is not None:
+            check_targets(assembly, stage.train.language.lora, f"stages.{stage.name}.train.language.lora.targets")
+        data = open_stage(config, stage, assembly, cache=cache, on_cuda=False, rank=0, ranks=1)
+        if not any(encoder.shards.is_remote for encoder in data.training.encoders):  # tars would be fetched for it
+            too_long(data)
 
 
 def dtypes(config: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

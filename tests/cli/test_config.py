@@ -380,7 +380,13 @@ def test_a_fault_is_one_line_with_its_place_and_what_to_write(path: str, value: 
 
 def test_epochs_and_steps_exclude_each_other() -> None:
     assert faults(nothing, "stages.align.epochs=1", "stages.align.steps=5") == [
-        "stages.0: both epochs and steps are set; keep one of them"
+        "stages.0: both epochs and steps are set; keep one of them (KEY=null takes one out)"
+    ]
+
+
+def test_a_row_that_cannot_hold_a_sample_is_told_before_any_stage_runs() -> None:
+    assert faults(nothing, "stages.sft.row_tokens=100") == [
+        "stages.1: row_tokens 100 cannot hold a sample of max_tokens 2048; raise row_tokens or lower max_tokens"
     ]
 
 

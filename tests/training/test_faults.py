@@ -93,6 +93,31 @@ def test_pictures_that_one_rank_alone_cannot_decode_are_counted_and_told_by_the_
     assert sum(line["samples"] for line in lines) == 21
 
 
+LATER = {
+    "shards": ({"data": [{"shards": "nowhere"}]}, 2, "nowhere: no such folder"),
+    "chat": ({"chat": "llama_3"}, 2, "the format llama_3 needs the tokens"),
+    "targets": (
+        {"train": {"language": {"lr": 1e-3, "lora": {"targets": ["v_proj", "q_pro"]}}}},
+        2,
+        "stages.later.train.language.lora.targets: 'q_pro' names no layer of the language model; "
+        "did you mean 'q_proj'?",
+    ),
+    "max_tokens": ({"max_tokens": 3}, 2, "max_tokens: 3 leaves nothing of source"),
+    "a sample": ({"chat": "plain"}, 3, "the chat format plain writes captions of pictures"),
+}
+
+
+@pytest.mark.parametrize("fault", LATER)
+def test_a_fault_of_a_later_stage_is_told_before_the_first_one_trains(fault: str, tmp_path: Path, texts: Path) -> None:
+    """It was told once the stages before it had trained, for hours."""
+    changes, code, told = LATER[fault]
+    first, later = stage("first", texts, LANGUAGE, steps=2), stage("later", texts, LANGUAGE, steps=2) | changes
+    wanted = config(tmp_path / "run", first, later, vision=None)
+    assert ended(start(wanted)) == code
+    assert told in said(wanted)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_held_out_sample_that_cannot_be_read_is_told_and_left_out_of_every_evaluation_alike(
     undecodable: Path, data: Path, tmp_path: Path
 ) -> None:
