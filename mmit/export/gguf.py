@@ -10,6 +10,7 @@ SigLIP has no such token.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -215,7 +216,12 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, 
             {"bos": writer.add_bos_token_id, "pad": writer.add_pad_token_id}[name](number)
     if chat.stop_ids:
         writer.add_eos_token_id(chat.stop_ids[0])
-    writer.add_chat_template(chat.template())
+    writer.add_chat_template(_plain_template(chat))
+
+
+def _plain_template(chat: Chat) -> str:
+    """Without the tags around answers: a plain Jinja knows none of them, and llama-cpp-python before 0.3.24 is one."""
+    return re.sub(r"\{%- (end)?generation -%\}", "", chat.template())
 
 
 def _pre_tokenizer(described: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jinja2 import Environment
 
 from mmit.data.fit import normalise
 from mmit.export.llava import ExportError
@@ -75,6 +76,19 @@ def test_where_spaces_go_before_texts_is_said_or_refused(scheme: str, space: boo
     export(run, tmp_path / "out", format="gguf")
     reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
     assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() == space
+
+
+@pytest.mark.parametrize("chat", ["auto", "vicuna_v1"])
+def test_a_jinja_without_tags_of_its_own_writes_our_prompts(chat: str, tmp_path: Path) -> None:
+    saved = saved_model(TEXT["llama"], chat=chat)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
+    written = gguf.GGUFReader(tmp_path / "out/model.gguf").get_field("tokenizer.chat_template").contents()
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(written)
+    for conversation in probes(saved):
+        messages = [{"role": item.role, "content": item.text} for item in conversation.messages]
+        ours = saved.assembly.tokenizer.decode(rendered(saved, conversation)[0])
+        eos = saved.assembly.tokenizer.eos_token
+        assert template.render(messages=messages, add_generation_prompt=True, eos_token=eos) == ours
 
 
 def image_vectors(
