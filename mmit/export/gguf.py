@@ -1,10 +1,12 @@
 """GGUF for llama.cpp: the language model, and for CLIP and SigLIP towers the mmproj (tower and projector).
 
 Needs the extra `gguf`. What is written is read back through transformers' own GGUF reader and compared; that
-llama.cpp itself answers the same is a soak test (`tests/export/test_gguf.py`). llama.cpp's GELU is the tanh
-approximation, so image vectors come out within about 1e-2 there; and until its issue 25814 is mended it puts the cls
-token of CLIP behind the patches, which no file can undo: the mmproj is right, what llama.cpp makes of it is not.
-SigLIP has no such token.
+llama.cpp itself answers the same is a soak test (`tests/export/test_gguf.py`), run with llama-cpp-python 0.3.8 and
+0.3.36. llama.cpp's GELU is the tanh approximation, so image vectors come out within about 1e-2 there.
+
+Those of CLIP do so up to 0.3.8 alone. Since May 2025 llama.cpp puts the cls token behind the patches but still drops
+the first token, as if that were it (its issue 25814). No file undoes this: the first patch is lost and cls is kept,
+whatever its tables hold. So the mmproj is the one for a llama.cpp without the defect. SigLIP has no such token.
 """
 
 from __future__ import annotations
@@ -53,8 +55,10 @@ CLIP_BLOCK = {
     "self_attn.out_proj": "attn_out",
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
+    # Crossed, as in the files of LLaVA's days: llama.cpp before May 2025 reads nothing else. Later ones uncross a pair
+    # whose ffn_down takes in the tower's width: ours, but a straight one too where both are square.
+    "mlp.fc1": "ffn_down",
+    "mlp.fc2": "ffn_up",
 }
 CLIP_WHOLE = {
     "embeddings.class_embedding": "v.class_embd",
@@ -244,7 +248,7 @@ def _pre_tokenizer(described: Mapping[str, Any]) -> str:
 
 
 def _write_mmproj(assembly: Assembly, file: Path, dtype: str) -> None:
-    """llama.cpp runs all blocks but the last, and no final norm: hidden state -2, as exported."""
+    """As exported, hidden state -2, before any final norm: also what llama.cpp reads where it is not told which."""
     tower = assembly.vlm.vision
     assert tower is not None
     config: Any = tower_config(tower)
@@ -266,6 +270,7 @@ def _write_mmproj(assembly: Assembly, file: Path, dtype: str) -> None:
     writer.add_uint32("clip.vision.attention.head_count", config.num_attention_heads)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", config.layer_norm_eps)
     writer.add_uint32("clip.vision.block_count", config.num_hidden_layers)
+    writer.add_array("clip.vision.feature_layer", [tower.blocks])
     writer.add_array("clip.vision.image_mean", list(tower.mean))
     writer.add_array("clip.vision.image_std", list(tower.std))
     _finish(writer, _mmproj_tensors(assembly), dtype)

@@ -12,8 +12,8 @@ LLAMA_CPP = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """`model_type` of the language models that `mmit export --format gguf` writes -> architecture of GGUF."""
 
 CLIP_DEFECT = (
-    "it moves the patches of CLIP towers by one and shows the LLM the cls token, until its defect "
-    "github.com/ggml-org/llama.cpp/issues/25814 is mended"
+    "since May 2025 it moves the patches of CLIP towers by one and shows the LLM the cls token "
+    "(github.com/ggml-org/llama.cpp/issues/25814); llama-cpp-python 0.3.8 is the last release that does not"
 )
 
 

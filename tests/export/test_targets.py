@@ -36,7 +36,7 @@ def test_what_only_mmit_will_load_is_refused_for_the_reason_given(model: dict[st
 def test_towers_that_vllm_or_llama_cpp_lack_are_named() -> None:
     vllm, llama_cpp = targets(saved_model(MODELS["CLIP + llama"]).assembly)[1:]
     assert vllm == "vLLM"
-    assert llama_cpp.startswith("llama.cpp, but it moves the patches of CLIP towers")
+    assert llama_cpp.startswith("llama.cpp, but since May 2025 it moves the patches of CLIP towers")
     assert targets(saved_model(MODELS["SigLIP + qwen2, tied"]).assembly)[1:] == ["vLLM", "llama.cpp"]
     assert targets(saved_model(MODELS["text only"]).assembly)[1:] == ["vLLM", "llama.cpp"]
     dinov2 = targets(saved_model(MODELS["DINOv2 + llama"]).assembly)
