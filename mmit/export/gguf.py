@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,14 +111,24 @@ def _writer(file: Path, architecture: str) -> Any:
     return gguf.GGUFWriter(file, architecture)
 
 
-def _finish(writer: Any, tensors: Iterator[tuple[str, Tensor]], dtype: str) -> None:
-    for name, value in tensors:
-        array = value.detach().float().contiguous().numpy()
-        matrix = array.ndim >= 2 and dtype == "float16" and not name.startswith("v.position")
-        writer.add_tensor(name, array.astype(np.float16) if matrix else array)
+def finish(writer: Any, tensors: Callable[[], Iterator[tuple[str, Tensor]]], dtype: str) -> None:
+    """The file of `writer` with its tensors, gone through twice: all sizes stand before the first value.
+
+    One tensor at a time is held in the type of the file; gguf's own `add_tensor` would hold every one until the end.
+    """
+
+    def kind(name: str, value: Tensor) -> np.dtype:
+        matrix = value.ndim >= 2 and dtype == "float16" and not name.startswith("v.position")
+        return np.dtype(np.float16 if matrix else np.float32)
+
+    for name, value in tensors():
+        writer.add_tensor_info(name, tuple(value.shape), kind(name, value), value.numel() * kind(name, value).itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for name, value in tensors():
+        array = value.detach().float().contiguous().numpy()
+        writer.write_tensor_data(array.astype(kind(name, value), copy=False))
     writer.close()
 
 
@@ -148,7 +158,7 @@ def _write_language(assembly: Assembly, chat: Chat, file: Path, dtype: str) -> N
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, assembly.tokenizer, chat, config.vocab_size)
-    _finish(writer, _language_tensors(assembly, architecture), dtype)
+    finish(writer, lambda: _language_tensors(assembly, architecture), dtype)
 
 
 def _language_tensors(assembly: Assembly, architecture: str) -> Iterator[tuple[str, Tensor]]:
@@ -273,7 +283,7 @@ def _write_mmproj(assembly: Assembly, file: Path, dtype: str) -> None:
     writer.add_array("clip.vision.feature_layer", [tower.blocks])
     writer.add_array("clip.vision.image_mean", list(tower.mean))
     writer.add_array("clip.vision.image_std", list(tower.std))
-    _finish(writer, _mmproj_tensors(assembly), dtype)
+    finish(writer, lambda: _mmproj_tensors(assembly), dtype)
 
 
 def _mmproj_tensors(assembly: Assembly) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from ctypes import byref, c_uint8
 from importlib import import_module
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from packaging.version import Version
 from PIL import Image
 
 from mmit.data.fit import normalise
+from mmit.export.gguf import finish
 from mmit.export.llava import ExportError
 from mmit.export.processor import speaking_tokenizer
 from mmit.export.verify import probes, rendered, said
@@ -51,6 +53,35 @@ def test_the_language_part_read_back_has_the_same_logits(name: str, tmp_path: Pa
 def test_half_precision_is_that_of_the_rounded_model(tmp_path: Path) -> None:
     run = run_of(saved_model(TEXT["llama"]), tmp_path / "run")
     assert export(run, tmp_path / "out", format="gguf", dtype="float16").parity.largest_difference <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_bytes_are_those_of_the_writer_of_gguf(dtype: str, tmp_path: Path) -> None:
+    tensors = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        for name, shape in {"a": (3, 5), "v.position_embd.weight": (2, 3), "b": (7,), "c": (4, 3, 2, 2)}.items()
+    }
+    ours, theirs = (gguf.GGUFWriter(tmp_path / name, "clip") for name in ("ours", "theirs"))
+    finish(ours, lambda: iter(tensors.items()), dtype)
+    for name, value in tensors.items():
+        halved = dtype == "float16" and name in ("a", "c")
+        theirs.add_tensor(name, value.half().numpy() if halved else value.numpy())
+    theirs.write_header_to_file()
+    theirs.write_kv_data_to_file()
+    theirs.write_tensors_to_file()
+    theirs.close()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_one_tensor_is_held_at_a_time_while_they_are_written(tmp_path: Path) -> None:
+    value = torch.zeros(512, 1024)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    tracemalloc.start()
+    finish(writer, lambda: ((f"{number}", value) for number in range(20)), "float16")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "model.gguf").stat().st_size > 20 * 2**20
+    assert peak < 3 * 2**20
 
 
 @pytest.mark.parametrize("model", [SEEING, SIGLIP], ids=["CLIP", "SigLIP"])
