@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import tracemalloc
-from ctypes import byref, c_uint8
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import byref, c_size_t, c_uint8
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,15 +19,19 @@ import torch
 from jinja2 import Environment
 from packaging.version import Version
 from PIL import Image
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mmit.data.fit import normalise
-from mmit.export.gguf import finish
+from mmit.data.images import decode
+from mmit.data.sample import Part, TextPart, message
+from mmit.export.gguf import PRE_TOKENIZERS, finish
 from mmit.export.llava import ExportError
 from mmit.export.processor import speaking_tokenizer
-from mmit.export.verify import probes, rendered, said
+from mmit.export.verify import Conversation, probes, rendered, said
 from mmit.export.write import export
 from mmit.model.saved import Saved
-from tests.data.made_tokenizers import metaspace
+from tests.data.made_tokenizers import byte_level, metaspace
 from tests.export.models import LLAMA, MODELS, TOWERS, run_of, saved_model
 
 gguf = pytest.importorskip("gguf")
@@ -210,20 +216,89 @@ def test_llama_cpp_itself_answers_with_our_tokens(name: str, tmp_path: Path) -> 
         assert answer == ours.answer
 
 
+def cut_as(pattern: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that cuts text as Qwen2 or Llama 3 does, with the control tokens of ChatML and Llama 3."""
+    plain = byte_level()
+    backend = Tokenizer.from_str(cast(Any, plain.backend_tokenizer).to_str())
+    parts = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<image>"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=names)
+
+
+QWEN2, LLAMA_3 = PRE_TOKENIZERS
+CHATS: dict[str, tuple[str, Callable[[], PreTrainedTokenizerFast]]] = {
+    "chatml, GPT-2": ("chatml", byte_level),
+    "chatml, Qwen2": ("chatml", lambda: cut_as(QWEN2)),
+    "llama_3": ("llama_3", lambda: cut_as(LLAMA_3)),
+    "vicuna_v1, always": ("vicuna_v1", lambda: metaspace("always")),
+    "vicuna_v1, prepend": ("vicuna_v1", lambda: metaspace("prepend")),
+    "vicuna_v1, never": ("vicuna_v1", lambda: metaspace("never")),
+    "llava_llama_2, always": ("llava_llama_2", lambda: metaspace("always")),
+    "llava_llama_2, never": ("llava_llama_2", lambda: metaspace("never")),
+}
+ODD = (
+    message("user", "  it's WE'LL 12345678, 3.14\tand\n\n\nnaïve 漢字 🙂🙂 \n"),
+    message("assistant", " a  b   c    d▁e "),
+    message("user", " "),
+)
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("scheme", ["always", "prepend", "never"])
-def test_llama_cpp_itself_reads_our_ids_of_a_tokenizer_as_of_llama_2(scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CHATS)
+def test_the_chat_handler_of_llama_cpp_writes_our_prompts(name: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    metaspace(scheme).save_pretrained(tmp_path / "tokenizer")
-    saved = saved_model({"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}, chat="vicuna_v1")
+    chat, tokenizer = CHATS[name]
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    saved = saved_model({"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}, chat=chat)
     export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
-    model = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=1024, vocab_only=True, verbose=False)
-    speaker = speaking_tokenizer(saved)
-    for conversation in probes(saved):
+    model = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=1024, verbose=False)
+    for conversation in [*probes(saved), Conversation(ODD)]:
         messages = [{"role": item.role, "content": item.text} for item in conversation.messages]
-        text = str(speaker.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        ours = rendered(saved, conversation)[0].tolist()
-        assert model.tokenize(text.encode(), add_bos=False, special=True) == ours
+        model.reset()
+        done = model.create_chat_completion(messages=messages, max_tokens=1)
+        prompt = model.input_ids[: done["usage"]["prompt_tokens"]].tolist()
+        assert prompt == rendered(saved, conversation)[0].tolist()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", CHATS)
+def test_llama_cpp_itself_puts_pictures_where_we_do(name: str, tmp_path: Path) -> None:
+    """Their tokens among the prompt's; it is given a marker in the text for each, as its programs do.
+
+    What follows a picture and begins with a space differs for a Metaspace that is `always` there: it puts no second
+    space, llama.cpp does. The third conversation has such places.
+    """
+    mtmd = pytest.importorskip("llama_cpp.mtmd_cpp", exc_type=ImportError)
+    chat, tokenizer = CHATS[name]
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    language = {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}
+    saved = saved_model(SIGLIP | {"language": language}, chat=chat)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
+    speaker = speaking_tokenizer(saved)
+    placeholder = saved.assembly.placeholder
+    assert placeholder is not None
+    with opened(tmp_path / "out") as context:
+        for conversation in probes(saved)[: 2 if name.endswith("always") else None]:
+            messages = [
+                {"role": item.role, "content": "".join(map(marked, item.parts))} for item in conversation.messages
+            ]
+            prompt = str(speaker.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            theirs: list[int] = []
+            for chunk in chunks_of(context, prompt, [decode(data, "probe") for data in conversation.pictures]):
+                count = c_size_t()
+                if mtmd.mtmd_input_chunk_get_type(chunk) == 1:
+                    theirs += [placeholder] * mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+                else:
+                    ids = mtmd.mtmd_input_chunk_get_tokens_text(chunk, byref(count))
+                    theirs += ids[: count.value]
+            assert theirs == rendered(saved, conversation)[0].tolist()
+
+
+def marked(part: Part) -> str:
+    if isinstance(part, TextPart):
+        return part.text
+    return import_module("llama_cpp.mtmd_cpp").mtmd_default_marker().decode()
 
 
 CLIP = {"language": {"random": WIDE}, "vision": TOWERS["clip"]}
@@ -294,14 +369,13 @@ def seen(model: dict[str, Any], folder: Path) -> tuple[Saved, torch.Tensor]:
 
 def llama_cpp_vectors(folder: Path, pixels: torch.Tensor, *, shape: tuple[int, ...]) -> np.ndarray:
     """What llama.cpp makes of `pixels` (3, S, S), by the interface that the release has: mtmd, or llava before it."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    mmproj = str(folder / "mmproj.gguf").encode()
+    pytest.importorskip("llama_cpp")
     if find_spec("llama_cpp.mtmd_cpp") is None:
         llava = import_module("llama_cpp.llava_cpp")
         file = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format="PNG")
         raw = file.getvalue()
-        clip = llava.clip_model_load(mmproj, 0)
+        clip = llava.clip_model_load(str(folder / "mmproj.gguf").encode(), 0)
         assert clip
         embedded = llava.llava_image_embed_make_with_bytes(
             clip, 1, (c_uint8 * len(raw)).from_buffer_copy(raw), len(raw)
@@ -312,20 +386,41 @@ def llama_cpp_vectors(folder: Path, pixels: torch.Tensor, *, shape: tuple[int, .
         llava.clip_free(clip)
         return vectors
     mtmd = import_module("llama_cpp.mtmd_cpp")
+    with opened(folder) as context:
+        (image,) = [
+            chunk
+            for chunk in chunks_of(context, mtmd.mtmd_default_marker().decode(), [pixels.permute(1, 2, 0).numpy()])
+            if mtmd.mtmd_input_chunk_get_type(chunk) == 1
+        ]
+        assert mtmd.mtmd_encode_chunk(context, image) == 0
+        return np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape=shape).copy()
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Any]:
+    """A context of mtmd with the language part and the mmproj in `folder`."""
+    llama_cpp, mtmd = import_module("llama_cpp"), import_module("llama_cpp.mtmd_cpp")
     language = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=256, verbose=False)
     settings = mtmd.mtmd_context_params_default()
     settings.use_gpu, settings.n_threads, settings.warmup = False, 1, False
-    context = mtmd.mtmd_init_from_file(mmproj, language._model.model, settings)
+    context = mtmd.mtmd_init_from_file(str(folder / "mmproj.gguf").encode(), language._model.model, settings)
     assert context
-    raw = pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
-    bitmap = mtmd.mtmd_bitmap_init(*pixels.shape[1:], (c_uint8 * len(raw)).from_buffer_copy(raw))
-    marker = mtmd.mtmd_default_marker()
-    text = mtmd.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
-    chunks = mtmd.mtmd_input_chunks_init()
-    assert mtmd.mtmd_tokenize(context, chunks, byref(text), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1) == 0
-    found = [mtmd.mtmd_input_chunks_get(chunks, place) for place in range(mtmd.mtmd_input_chunks_size(chunks))]
-    (image,) = [chunk for chunk in found if mtmd.mtmd_input_chunk_get_type(chunk) == 1]
-    assert mtmd.mtmd_encode_chunk(context, image) == 0
-    vectors = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape=shape).copy()
+    yield context
     mtmd.mtmd_free(context)
-    return vectors
+
+
+def chunks_of(context: Any, prompt: str, pictures: Sequence[np.ndarray]) -> list[Any]:
+    """The prompt, its markers replaced by pictures uint8 (H, W, 3), as mtmd cuts it into texts and pictures."""
+    mtmd = import_module("llama_cpp.mtmd_cpp")
+    bitmaps = []
+    for picture in pictures:
+        raw = np.ascontiguousarray(picture).tobytes()
+        height, width = picture.shape[:2]
+        bitmaps.append(mtmd.mtmd_bitmap_init(width, height, (c_uint8 * len(raw)).from_buffer_copy(raw)))
+    text = mtmd.mtmd_input_text(
+        text=prompt.encode(), text_len=len(prompt.encode()), add_special=False, parse_special=True
+    )
+    chunks = mtmd.mtmd_input_chunks_init()
+    array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
+    assert mtmd.mtmd_tokenize(context, chunks, byref(text), array, len(bitmaps)) == 0
+    return [mtmd.mtmd_input_chunks_get(chunks, place) for place in range(mtmd.mtmd_input_chunks_size(chunks))]
