@@ -11,7 +11,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from mmit.evaluation.answers import Answered, evaluate_answers
 from mmit.evaluation.answers import questions as questions_of
 from mmit.evaluation.pictures import answer_grid, loss_plot
 from mmit.evaluation.scores import accuracy
+from mmit.export.verify import Answers
 from mmit.export.verify import Conversation as Compared
 from mmit.export.write import export
 from mmit.inference.conversation import Conversation
@@ -38,7 +38,9 @@ from mmit.model.saved import untrained
 OPEN_QUESTIONS = 450
 YES_NO_QUESTIONS = 200
 SHOWN = 8
-COMPARED_IN_EXPORT = 40
+NEW_TOKENS, BATCH = 8, 32
+LOGITS_COMPARED = 40
+"""Of the held-out questions; the tokens of the answers are compared of all."""
 
 
 def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,18 +63,22 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     cache = cache_folder(config.cache)
     test = _questions(questions, "test", cache)
     samples = _chosen(test, OPEN_QUESTIONS, YES_NO_QUESTIONS)
-    model = load(run, device="cpu" if config.device == "cpu" else "auto", cache=cache)
-    answered = evaluate_answers(model, samples, max_new_tokens=8, batch_size=32)
+    model = load(run, device="cpu", cache=cache)  # in fp32, as transformers is to repeat the answers to the token
+    answered = evaluate_answers(model, samples, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
     shown = [replace(sample, messages=sample.messages[:4]) for sample in samples[:SHOWN]]
     before = _before(config, model, cache, shown)
-    after = evaluate_answers(model, shown, max_new_tokens=8, batch_size=32)
+    after = evaluate_answers(model, shown, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
 
     guesses = _guesses(_questions(questions, "train", cache))
     console.print("[bold]4/4[/] export to transformers, where the held-out questions must get the same tokens")
     shutil.rmtree(out / "export", ignore_errors=True)
-    more = [_to_compare(asked) for asked, _ in islice(questions_of(samples), COMPARED_IN_EXPORT)]
-    exported = export(run, out / "export", more=more)
+    export_started = time.monotonic()
+    asked = [_to_compare(question) for question, _ in questions_of(samples)]
+    answers = Answers(asked, [item.tokens for item in answered], batch_size=BATCH, max_new_tokens=NEW_TOKENS)
+    exported = export(run, out / "export", more=asked[:LOGITS_COMPARED], answers=answers)
+    export_seconds = time.monotonic() - export_started
     result = _result(answered, guesses) | {
+        "answers_equal_in_export": exported.parity.answers,
         "training_seconds": round(training_seconds, 1),
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_mb": _peak_rss_mb(),
@@ -80,7 +86,8 @@ def demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     grid, plot = answer_grid(shown, after, out / "answers.png"), loss_plot(run, out / "loss.png")
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     _report(console, result, before, after)
-    console.print(f"{exported.folder}, for transformers: {exported.parity.sentence()}")
+    told = f"{exported.parity.sentence()}, in {export_seconds:.0f} s"
+    console.print(f"{exported.folder}, for transformers: {told}")
     console.print(f"pictures: {grid}, {plot}")
     # A terminal folds a long command itself; folded by us it could not be copied.
     learned = api.with_shards(config).stages[-1].data[0].shards
@@ -133,7 +140,7 @@ def _before(config: Config, model: Model, cache: Path, samples: Sequence[Sample]
     """The same questions to the same parts before any training."""
     saved = untrained(config.model, model.saved, seed=config.seed, cache=cache)
     fresh = Model(saved, run=model.run, cache=cache, device=model.device, dtype=next(model.vlm.parameters()).dtype)
-    return evaluate_answers(fresh, samples, max_new_tokens=8, batch_size=32)
+    return evaluate_answers(fresh, samples, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
 
 
 def _guesses(train: ShardSet) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Literal
 from mmit.data.sample import ImagePart, Message, Part, Sample, TextPart, image_indices, message
 from mmit.evaluation.scores import exact_match
 from mmit.inference.conversation import Conversation, Shown
-from mmit.inference.generate import Model
+from mmit.inference.generate import Model, Sampling
 
 Kind = Literal["yes_no", "open"]
 
@@ -27,6 +27,8 @@ class Answered:
     """As the texts of `exact_match`."""
     kind: Kind
     """`yes_no` when yes or no is expected: guessing gets far there, and little elsewhere."""
+    tokens: tuple[int, ...]
+    """The answer's, up to and with its end."""
 
 
 def evaluate_answers(
@@ -45,14 +47,13 @@ def evaluate_answers(
     """
     found: list[Answered] = []
     for batch in _batches(questions(samples, history=history), batch_size):
-        said = model.answers(
-            [asked for asked, _ in batch], batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=0.0
-        )
-        for (asked, expected), answer in zip(batch, said, strict=True):
-            question = asked.messages[-1].text.strip()
+        said = model.generate([asked for asked, _ in batch], Sampling(max_new_tokens))
+        for (asked, expected), tokens in zip(batch, said, strict=True):
+            question, answer = asked.messages[-1].text.strip(), model.chat.decode(tokens)
             kind: Kind = "yes_no" if expected.strip().lower() in ("yes", "no") else "open"
             right = exact_match(answer, expected)
-            found.append(Answered(asked.where, question, expected.strip(), answer.strip(), right, kind))
+            texts = question, expected.strip(), answer.strip()
+            found.append(Answered(asked.where, *texts, right, kind, tuple(tokens)))
             progress(found[-1])
     return found
 

@@ -67,6 +67,7 @@ def speaking_tokenizer(saved: Saved) -> PreTrainedTokenizerFast:
     """
     tokenizer = copy.deepcopy(saved.assembly.tokenizer)
     tokenizer.chat_template = saved.chat.template()
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # answers begin where prompts end
     text = str(tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False))
     bos = tokenizer.bos_token
     if saved.fit is None or (bos is not None and text.startswith(str(bos))):

@@ -17,8 +17,15 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 
+from mmit.data.chat import Rendered
 from mmit.data.fit import normalise
 from mmit.data.images import decode
 from mmit.data.packing import Example, pack
@@ -55,6 +62,18 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What the trained model answered, `batch_size` questions at a time: the export must in the same batches, since
+    padding changes the last bits of logits."""
+
+    conversations: Sequence[Conversation]
+    tokens: Sequence[Sequence[int]]
+    """Of each conversation, up to and with the stop id."""
+    batch_size: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Parity:
     """How close the export came; ids, pixels and greedy tokens are equal, or there is no `Parity`.
 
@@ -68,13 +87,16 @@ class Parity:
     """Of any logit."""
     largest_logit: float
     greedy_tokens: int
+    answers: int = 0
+    """Questions asked again in batches, whose ids and tokens are equal too."""
 
     def sentence(self) -> str:
+        again = f"; {self.answers} questions asked again in batches: every token equal" if self.answers else ""
         shown = f" with {self.pictures} pictures" if self.pictures else ""
         equal = f"{self.ids} ids and {self.greedy_tokens} greedy tokens equal, " if self.ids else ""
         return (
             f"{self.conversations} conversations{shown} compared: {equal}logits within {self.largest_difference:.1e} "
-            f"(the largest is {self.largest_logit:.3g})"
+            f"(the largest is {self.largest_logit:.3g}){again}"
         )
 
 
@@ -186,27 +208,56 @@ def compare(ours: Sequence[Said], theirs: Sequence[Said], saved: Saved, where: s
     )
 
 
+@torch.no_grad()
+def check_answers(model: nn.Module, speaker: Any, asked: Answers, saved: Saved, where: str) -> int:
+    """The number of questions that the export answers with the same tokens; ExportError at the first with others."""
+    questions, size = asked.conversations, asked.batch_size
+    fill = cast(Any, model).generation_config.pad_token_id
+    for start in range(0, len(questions), size):
+        inputs = processed_batch(speaker, questions[start : start + size])
+        whole = cast(Any, model).generate(**inputs, max_new_tokens=asked.max_new_tokens, do_sample=False)
+        answers = whole[:, inputs["input_ids"].shape[1] :].tolist()
+        for number, answer in enumerate(answers, start):
+            here = f"{where}: question {number}"
+            sent = inputs["input_ids"][number - start][inputs["attention_mask"][number - start] == 1].tolist()
+            if sent != (ids := _prompt(saved, questions[number]).ids.tolist()):
+                raise ExportError(f"{here}: {_first_difference(saved, ids, sent)}")
+            ours = list(asked.tokens[number])
+            rest = set(answer[len(ours) :]) - {fill}
+            # Of itself `generate` does not stop at a text; the card says how it does.
+            if answer[: len(ours)] != ours or (rest and not saved.chat.stop_text):
+                raise ExportError(f"{here}: greedy tokens differ: ours {ours}, of the export {answer}")
+    return len(questions)
+
+
 def processed(speaker: Any, conversation: Conversation, *, prompt: bool = True) -> Any:
     """What the exported processor or tokenizer makes of a conversation, as tensors."""
-    messages = [{"role": item.role, "content": _content(item, conversation.pictures)} for item in conversation.messages]
     return speaker.apply_chat_template(
-        messages, add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt"
+        _messages(conversation), add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def processed_batch(speaker: Any, conversations: Sequence[Conversation]) -> Any:
+    """The same of several conversations, padded where the export says: on the left, as `generate` needs it."""
+    messages = [_messages(conversation) for conversation in conversations]
+    tokenizer = speaker.tokenizer if isinstance(speaker, ProcessorMixin) else speaker
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # never read, so a run needs none
+    padding: Any = {"processor_kwargs": {"padding": True}} if tokenizer is not speaker else {"padding": True}
+    return speaker.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **padding
     )
 
 
 def rendered(saved: Saved, conversation: Conversation) -> tuple[np.ndarray, list[Tensor]]:
     """The ids that inference sends, and the fitted pictures, by our own renderer."""
-    counts = [saved.image_tokens] * len(conversation.pictures)
-    prompt = saved.chat.prompt(conversation.messages, counts)
     fit = saved.fit
     pixels = [fit.apply(decode(data, "probe")) for data in conversation.pictures] if fit is not None else []
-    return prompt.ids, pixels
+    return _prompt(saved, conversation).ids, pixels
 
 
 def embed(saved: Saved, conversation: Conversation, ids: np.ndarray, pixels: list[Tensor]) -> Tensor:
     """Input embeddings (1, T, H), by the modules of training."""
-    counts = [saved.image_tokens] * len(conversation.pictures)
-    spans = np.asarray(saved.chat.prompt(conversation.messages, counts).images, np.int32).reshape(-1, 3)
+    spans = np.asarray(_prompt(saved, conversation).images, np.int32).reshape(-1, 3)
     names = tuple(bytes([number]) for number in range(len(pixels)))
     example = Example(ids, np.full(len(ids), -100, np.int32), spans, 0, "probe", names)
     row = pack([example], pixels, list(names), touch_vision=False)
@@ -225,6 +276,14 @@ def greedy(saved: Saved, embeds: Tensor, new_tokens: int) -> list[int]:
         following = cast(nn.Module, language.get_input_embeddings())(torch.tensor([[answer[-1]]]))
         embeds = torch.cat([embeds, following], dim=1)
     return answer
+
+
+def _prompt(saved: Saved, conversation: Conversation) -> Rendered:
+    return saved.chat.prompt(conversation.messages, [saved.image_tokens] * len(conversation.pictures))
+
+
+def _messages(conversation: Conversation) -> list[dict[str, Any]]:
+    return [{"role": item.role, "content": _content(item, conversation.pictures)} for item in conversation.messages]
 
 
 def _content(item: Message, pictures: Sequence[bytes]) -> Any:

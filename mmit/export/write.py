@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -30,7 +30,19 @@ from mmit.export.llava import (
     published_names,
 )
 from mmit.export.processor import processor, speaking_tokenizer
-from mmit.export.verify import TOLERANCE, Conversation, Parity, Said, compare, load_export, probes, said, said_by_export
+from mmit.export.verify import (
+    TOLERANCE,
+    Answers,
+    Conversation,
+    Parity,
+    Said,
+    check_answers,
+    compare,
+    load_export,
+    probes,
+    said,
+    said_by_export,
+)
 from mmit.model.build import merge_lora
 from mmit.model.saved import Saved, load_saved
 
@@ -60,11 +72,13 @@ def export(
     adapter: bool = False,
     needs_adapter: bool = False,
     more: Sequence[Conversation] = (),
+    answers: Answers | None = None,
     repository: str | None = None,
 ) -> Exported:
     """Writes `out`, loads it again and compares; `out` appears whole and equal, or not at all.
 
     What is compared are probe conversations, and those in `more`; and every tensor with the one it was written from.
+    An export for transformers must also give the `answers` that the run gave.
     `repository` is what card and adapter call it, where it will be pushed to one.
 
     `adapter` keeps a LoRA beside its base, in `out/adapter`, instead of merging it. With another `dtype` the model is
@@ -122,6 +136,8 @@ def export(
             model, speaker = load_export(temporary, multimodal=multimodal, adapter=place, tensors=own)
             found = [said_by_export(model, speaker, conversation) for conversation in conversations]
             parity = compare(expected, found, saved, str(out))
+            if answers is not None:
+                parity = replace(parity, answers=check_answers(model, speaker, answers, saved, str(out)))
         _write_record(saved, temporary / RECORD, parity)
         told = {"name": repository or out.name, "place": repository or "PATH"}
         card = model_card(run, saved, parity, format=format, dtype=dtype, adapter=adapter, **told)

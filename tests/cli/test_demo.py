@@ -14,7 +14,7 @@ from mmit.evaluation.answers import Answered
 
 
 def test_an_answer_in_brackets_is_shown_as_it_is() -> None:
-    answered = [Answered("easy-vqa:1", "what color?", "red", "[/INST] [red]", False, "open")]
+    answered = [Answered("easy-vqa:1", "what color?", "red", "[/INST] [red]", False, "open", ())]
     result = {"seconds": 60.0, "peak_rss_mb": 1}
     result |= {f"{what}_{kind}": 0.5 for what in ("questions", "accuracy", "guess") for kind in ("open", "yes_no")}
     screen = io.StringIO()

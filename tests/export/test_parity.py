@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from mmit.export.llava import ExportError
 from mmit.export.processor import processor
 from mmit.export.verify import Conversation, load_export, processed, rendered
 from mmit.export.write import export, merge
-from mmit.model.saved import load_saved
+from mmit.inference.conversation import Conversation as Asked
+from mmit.inference.conversation import picture_of
+from mmit.inference.generate import Model, Sampling
+from mmit.model.saved import Saved, load_saved
 from tests.data.made_tokenizers import byte_level, metaspace, unigram
 from tests.export.conversations import conversations
 from tests.export.models import LLAMA, MODELS, TOWERS, run_of, saved_model
@@ -256,6 +260,39 @@ def test_what_has_no_twin_is_refused_with_what_has_one(model: dict[str, Any], re
     assert "--format mmit" in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
     assert export(run, tmp_path / "out", format="mmit").parity.largest_difference == 0
+
+
+def answers_of(saved: Saved, conversations: list[Conversation], folder: Path) -> verify.Answers:
+    """By the way that `mmit generate` and the demo ask, three at a time."""
+    model = Model(saved, run=folder, cache=folder, device=torch.device("cpu"), dtype=torch.float32)
+    asked = [Asked(item.messages, tuple(picture_of(data, "test") for data in item.pictures)) for item in conversations]
+    batches = [asked[place : place + 3] for place in range(0, len(asked), 3)]
+    tokens = [ids for batch in batches for ids in model.generate(batch, Sampling(max_new_tokens=6))]
+    return verify.Answers(conversations, tokens, batch_size=3, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_questions_answered_in_batches_get_the_same_tokens(name: str, tmp_path: Path) -> None:
+    saved = saved_model(MODELS[name])
+    run_of(saved, tmp_path / "run")
+    asked = [item for item in conversations(12) if saved.fit is not None or not item.pictures]
+    answers = answers_of(saved, asked, tmp_path)
+    done = export(tmp_path / "run", tmp_path / "out", answers=answers)
+    assert done.parity.answers == len(asked)
+    assert f"{len(asked)} questions asked again in batches: every token equal" in done.parity.sentence()
+
+
+@pytest.mark.parametrize("what", ["one token", "one left out", "one too many"])
+def test_an_export_that_answers_one_question_otherwise_is_not_kept(what: str, tmp_path: Path) -> None:
+    saved = saved_model(CLIP)
+    run_of(saved, tmp_path / "run")
+    answers = answers_of(saved, conversations(5), tmp_path)
+    last = list(answers.tokens[4])
+    changed = {"one token": [*last[:-1], last[-1] ^ 1], "one left out": last[:-1], "one too many": [*last, last[-1]]}
+    answers = replace(answers, tokens=[*answers.tokens[:4], changed[what]])
+    with pytest.raises(ExportError, match="question 4: greedy tokens differ"):
+        export(tmp_path / "run", tmp_path / "out", answers=answers)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
 def test_an_export_that_came_out_different_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
