@@ -4,6 +4,7 @@ the tools that make a set from another."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,20 @@ def licenses(folder: Path) -> list[str]:
         return converted["licenses"]
     license = converted["plan"].get("settings", {}).get("license")  # a set merged by an early mmit has no settings
     return [license] if license else []
+
+
+def taken(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the stages of a run's config were trained on, a row a source, without the places where it lies."""
+    rows = []
+    for stage in stages:
+        for source in stage["data"]:
+            place, kind = source.get("shards") or source.get("path") or "", source.get("format")
+            stated = (source.get("options") or {}).get("license") or ", ".join(licenses(Path(place)))
+            row = {
+                "stage": stage["name"],
+                "source": source.get("name") or (f"{kind}: " if kind else "") + Path(place).name,
+                "licence": stated or "not stated",
+                "taken": f"x {source['repeat']:g}" + (f", at most {source['limit']}" if source.get("limit") else ""),
+            }
+            rows.append(row | ({"dataset": str(place)} if kind == "hub" else {}))
+    return rows

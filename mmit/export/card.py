@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mmit.data.provenance import licenses
+from mmit.data.provenance import taken
 from mmit.export.targets import CLIP_DEFECT, targets
 from mmit.export.verify import Parity
-from mmit.model.saved import Saved
+from mmit.model.saved import Saved, run_folder, settings_of
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,26 +28,19 @@ def model_card(
     `place` is what the examples load: a repository, where it will lie in one.
     """
     folder = run_folder(run)
-    config = _yaml(folder / "config.yaml")
+    config = settings_of(run)
+    data = [*_data_before(saved.record["sources"]), *(taken(config["stages"]) if config is not None else ())]
     sections = [
-        f"---\n{yaml.safe_dump(_header(saved, config, format), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_header(saved, data, format), sort_keys=False)}---",
         f"# {name}",
         _what(saved, adapter=adapter, dtype=dtype),
         _how_to_load(saved, format=format, adapter=adapter).replace("PATH", place),
-        _data(config),
+        _data(data),
         _recipe(config),
         _metrics(folder / "metrics.jsonl"),
         _checked(parity, format, dtype),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def run_folder(run: Path) -> Path:
-    """Where config.yaml and metrics.jsonl lie, for a run directory as for its `final/`, `best/` and checkpoints."""
-    folder = run.resolve()
-    if folder.name in ("final", "best"):
-        return folder.parent
-    return folder.parents[1] if folder.parent.name == "checkpoints" else run
 
 
 def without_places(tree: Any) -> Any:
@@ -63,7 +56,16 @@ def without_places(tree: Any) -> Any:
             return tree
 
 
-def _header(saved: Saved, config: Mapping[str, Any] | None, format: str) -> dict[str, Any]:
+def _data_before(sources: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the models that it goes on from were trained on, the oldest first; rows as `taken` gives them."""
+    for source in sources.values():
+        yield from _data_before(source.get("sources", {}))
+        name = without_places(source["name"])
+        for row in source.get("data", ()):
+            yield row | {"stage": f"{row['stage']} of {name}"}
+
+
+def _header(saved: Saved, data: Sequence[Mapping[str, Any]], format: str) -> dict[str, Any]:
     multimodal = saved.fit is not None
     header: dict[str, Any] = {
         "library_name": format,
@@ -72,9 +74,7 @@ def _header(saved: Saved, config: Mapping[str, Any] | None, format: str) -> dict
     }
     if bases := list(dict.fromkeys(_hub_models(saved.record["sources"]))):
         header["base_model"] = bases
-    stages = config["stages"] if config is not None else []
-    sources = [source for stage in stages for source in stage["data"] if source.get("format") == "hub"]
-    if datasets := list(dict.fromkeys(str(source["path"]) for source in sources)):
+    if datasets := list(dict.fromkeys(row["dataset"] for row in data if "dataset" in row)):
         header["datasets"] = datasets
     return header
 
@@ -86,21 +86,32 @@ def _hub_models(sources: Mapping[str, Any]) -> Iterator[str]:
     """
     for source in sources.values():
         name = str(source["name"]).removeprefix("hf-hub:")
-        if "sources" in source:
-            yield from _hub_models(source["sources"])
-        elif "revision" in source or ("sha256" not in source and HUB_NAME.fullmatch(name) and not Path(name).exists()):
+        if "revision" in source or ("sha256" not in source and HUB_NAME.fullmatch(name) and not Path(name).exists()):
             yield name
+        else:
+            yield from _hub_models(source.get("sources", {}))
+
+
+def _lineage(source: Mapping[str, Any]) -> str:
+    """The name of what a part comes from, and in brackets what that was made of."""
+    made_of = [
+        ("from " if part == "from" else f"{part} from ") + _lineage(inner)
+        for part, inner in source.get("sources", {}).items()
+    ]
+    return f"`{without_places(source['name'])}`" + (f" ({', '.join(made_of)})" if made_of else "")
 
 
 def _what(saved: Saved, *, adapter: bool, dtype: str) -> str:
     vlm = saved.assembly.vlm
     rows = _table_head("part", "what", "parameters")
-    named = {part: without_places(source["name"]) for part, source in saved.record["sources"].items()}
+    named = {part: _lineage(source) for part, source in saved.record["sources"].items()}
     for part, module in saved.assembly.parts().items():
         kind = type(vlm.vision.encoder if part == "vision" and vlm.vision is not None else module).__name__
-        origin = f"{kind}, from `{named[part]}`" if part in named else kind
+        origin = f"{kind}, from {named[part]}" if part in named else kind
         rows.append(f"| {part} | {origin} | {sum(p.numel() for p in module.parameters()):,} |")
     text = f"Trained with mmit {version('mmit')}. Weights are {dtype}."
+    if "from" in named:
+        text += f" It goes on from {named['from']}."
     if adapter:
         text += " The LoRA of the last stage lies in `adapter/`, beside the base it was trained on."
     if saved.fit is not None:
@@ -125,7 +136,7 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
             f"mean colour of CLIP; this model was trained on pictures fitted by `{saved.fit.policy}`."
         )
     if format == "mmit":
-        return '```python\nimport mmit\n\nmodel = mmit.load("PATH")\n```'
+        return '```python\nimport mmit\n\nmodel = mmit.load("PATH")\n```' + _needs(saved.record["sources"])
     if saved.fit is None:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -169,19 +180,29 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
     return text
 
 
-def _data(config: Mapping[str, Any] | None) -> str:
-    if config is None:
+def _needs(sources: Mapping[str, Any]) -> str:
+    """What a folder of mmit does not hold itself."""
+    rows = []
+    for part, source in sources.items():
+        held = source.get("sha256") or {key: source[key] for key in ("revision", "fingerprint") if source.get(key)}
+        known = ", ".join(f"{name} {str(value)[:16]}" for name, value in held.items())
+        rows.append(f"| {part} | {_lineage(source)} | {known} |")
+    if not rows:
+        return ""
+    text = (
+        "\n\nThe folder holds what was trained. The rest is read from where training found it; if it lies elsewhere, "
+        "write its place into `model` of `model.json`. Content is compared with what it was:\n\n"
+    )
+    return text + "\n".join([*_table_head("part", "from", "known by"), *rows])
+
+
+def _data(data: Sequence[Mapping[str, Any]]) -> str:
+    if not data:
         return ""
     rows = ["## Data", "", *_table_head("stage", "source", "licence", "taken")]
-    for stage in config["stages"]:
-        for source in stage["data"]:
-            place = source.get("shards") or source.get("path") or ""
-            stated = (source.get("options") or {}).get("license") or ", ".join(licenses(Path(place)))
-            license = stated or "not stated"
-            title = source.get("name") or (f"{source['format']}: " if source.get("format") else "") + Path(place).name
-            taken = f"x {source['repeat']:g}" + (f", at most {source['limit']}" if source.get("limit") else "")
-            rows.append(f"| {stage['name']} | {title} | {license} | {taken} |")
-    return "\n".join(rows)
+    return "\n".join(
+        [*rows, *(f"| {row['stage']} | {row['source']} | {row['licence']} | {row['taken']} |" for row in data)]
+    )
 
 
 def _recipe(config: Mapping[str, Any] | None) -> str:
@@ -236,10 +257,3 @@ def _checked(parity: Parity, format: str, dtype: str) -> str:
 
 def _table_head(*names: str) -> list[str]:
     return ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
-
-
-def _yaml(file: Path) -> dict[str, Any] | None:
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError:
-        return None

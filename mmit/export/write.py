@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmit.config import ConfigError, suggest
+from mmit.data.provenance import taken
 from mmit.export.adapter import check_adapter, write_adapter
-from mmit.export.card import HUB_NAME, model_card, run_folder, without_places
+from mmit.export.card import HUB_NAME, model_card, without_places
 from mmit.export.gguf import language_difference, write_gguf
 from mmit.export.llava import (
     ExportError,
@@ -44,7 +45,7 @@ from mmit.export.verify import (
     said_by_export,
 )
 from mmit.model.build import merge_lora
-from mmit.model.saved import Saved, load_saved
+from mmit.model.saved import Saved, load_saved, run_folder, settings_of
 
 RECORD = "mmit.json"
 FORMAT = 1
@@ -138,7 +139,7 @@ def export(
             parity = compare(expected, found, saved, str(out))
             if answers is not None:
                 parity = replace(parity, answers=check_answers(model, speaker, answers, saved, str(out)))
-        _write_record(saved, temporary / RECORD, parity)
+        _write_record(run, saved, temporary / RECORD, parity)
         told = {"name": repository or out.name, "place": repository or "PATH"}
         card = model_card(run, saved, parity, format=format, dtype=dtype, adapter=adapter, **told)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -248,7 +249,7 @@ def write_run(saved: Saved, folder: Path) -> None:
     assembly.vlm.language.config.save_pretrained(folder / "language")
 
 
-def _write_record(saved: Saved, file: Path, parity: Parity) -> None:
+def _write_record(run: Path, saved: Saved, file: Path, parity: Parity) -> None:
     """What transformers' files do not say, for a later `model: {from: FOLDER}`; and how the export was checked."""
     record = {
         "format": FORMAT,
@@ -257,6 +258,7 @@ def _write_record(saved: Saved, file: Path, parity: Parity) -> None:
         "placeholder": saved.chat.placeholder,
         "pictures": saved.fit.policy if saved.fit is not None else None,
         "sources": without_places(saved.record["sources"]),
+        "data": taken(settings["stages"]) if (settings := settings_of(run)) is not None else [],
         "parity": asdict(parity),
     }
     file.write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")

@@ -27,7 +27,7 @@ from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
 from mmit.data.chat_formats import stands_for_nothing
 from mmit.data.fit import PictureFit, Policy
-from mmit.model.files import provenance, revision_of, split_revision
+from mmit.model.files import provenance, revision_of, same_files, split_revision
 from mmit.model.pretrained import load_tokenizer, load_whole
 from mmit.model.projector import build_projector
 from mmit.model.projector_file import start_projector
@@ -111,7 +111,7 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
         fresh |= added
         vision = build_vision(model.vision)
         if model.vision.random is None:
-            sources["vision"] = _tower_record(model.vision, vision)
+            sources["vision"] = tower_record(model.vision, vision)
         else:
             fresh |= {f"vision.{name}" for name, _ in vision.named_parameters()}
         if model.vision.cache and cache is not None:
@@ -127,7 +127,8 @@ def _assemble_parts(model: schema.Model, cache: Path | None) -> Assembly:
     return Assembly(vlm, tokenizer, placeholder, sources, fresh)
 
 
-def _tower_record(spec: schema.Vision, vision: VisionTower) -> dict[str, Any]:
+def tower_record(spec: schema.Vision, vision: VisionTower) -> dict[str, Any]:
+    """Where a tower came from: its name, what decides its features and, from the Hub, the revision."""
     record = {"name": split_revision(str(spec.name))[0], "fingerprint": vision.fingerprint()}
     revision = revision_of(str(spec.name)) if spec.library == "transformers" else None
     return record | ({"revision": revision} if revision is not None else {})
@@ -141,8 +142,21 @@ def pinned(model: schema.Model, sources: Mapping[str, Any]) -> schema.Model:
         return f"{split_revision(name)[0]}@{revision}" if revision is not None and isinstance(name, str) else name
 
     vision = model.vision and model.vision.model_copy(update={"name": at(model.vision.name, "vision")})
+    if model.source is not None and "revision" in sources.get("vision", {}):  # a tower that its files only name
+        name = at(sources["vision"]["name"], "vision")
+        vision = schema.Vision(library="transformers", name=name)
     changes = {"language": at(model.language, "language"), "source": at(model.source, "from"), "vision": vision}
     return model.model_copy(update=changes)
+
+
+def check_sources(before: Mapping[str, Any], assembly: Assembly, where: str) -> None:
+    """ConfigError if a part was built from other files than those that a run recorded."""
+    for part, record in assembly.sources.items():
+        if part in before and not same_files(before[part], record):
+            raise ConfigError(
+                f"{where}: was trained from other files of model.{part} (then {before[part]}, now {record}); "
+                f"put those back"
+            )
 
 
 def _add_tokens(assembly: Assembly, tokens: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ def provenance(name: str, cache: Path | None) -> dict[str, Any]:
     else:
         record["revision"] = revision_of(name)
     return record
+
+
+def same_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two records of where a part came from hold the same content, wherever it lies now."""
+    both = [key for key in ("sha256", "fingerprint", "revision") if key in before and key in now]
+    if not both or any(before[key] != now[key] for key in both):
+        return False
+    inner, other = before.get("sources", {}), now.get("sources", {})
+    return all(same_files(inner[part], other[part]) for part in inner.keys() & other.keys())
 
 
 def file_sha256(file: Path, cache: Path | None = None) -> str:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoTokenizer
 
 from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.chat import Chat
 from mmit.data.fit import PictureFit
-from mmit.model.build import Assembly, add_lora, assemble, pinned, restore
+from mmit.model.build import Assembly, add_lora, assemble, check_sources, pinned, restore
 from mmit.model.files import read_tensors
 from mmit.model.sources import chat_format
 
@@ -48,8 +49,14 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
     if record["format"] != FORMAT:
         raise ConfigError(f"{folder}: model format {record['format']}, this mmit reads {FORMAT}; upgrade mmit")
     model = pinned(schema.Model.model_validate(record["model"]), record["sources"])
-    assembly = assemble(model, seed=record["seed"], cache=cache)
-    _check_sources(record["sources"], assembly, folder)
+    try:
+        assembly = assemble(model, seed=record["seed"], cache=cache)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder}: holds what was trained, and the rest of the model cannot be had: {error}; if that lies "
+            f"elsewhere on this machine, write its place into `model` of {folder / 'model.json'}, content is compared"
+        ) from error
+    check_sources(record["sources"], assembly, str(folder))
     if record["lora"] is not None:
         add_lora(assembly, schema.Lora(**record["lora"]), seed=record["seed"])
     restore(assembly, read_tensors(folder / "model.safetensors"), str(folder))
@@ -67,17 +74,24 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
     )
 
 
+def run_folder(run: Path) -> Path:
+    """Where config.yaml and metrics.jsonl lie, for a run directory as for its `final/`, `best/` and checkpoints."""
+    folder = run.resolve()
+    if folder.name in ("final", "best"):
+        return folder.parent
+    return folder.parents[1] if folder.parent.name == "checkpoints" else run
+
+
+def settings_of(run: Path) -> dict[str, Any] | None:
+    """The config of a run; None where its folder was copied without."""
+    try:
+        return yaml.safe_load((run_folder(run) / "config.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+
+
 def untrained(model: schema.Model, like: Saved, *, seed: int, cache: Path | None = None) -> Saved:
     """The parts of `model` before any training, to be asked the same way as `like`."""
     assembly = assemble(model, seed=seed, cache=cache)
     assembly.vlm.eval()
     return replace(like, assembly=assembly)
-
-
-def _check_sources(before: Mapping[str, Any], assembly: Assembly, folder: Path) -> None:
-    for part, record in assembly.sources.items():
-        if part in before and before[part] != record:
-            raise ConfigError(
-                f"{folder}: was trained from other files of model.{part} (then {before[part]}, now {record}); "
-                f"put those back"
-            )

@@ -30,11 +30,13 @@ from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.chat_formats import ChatFormat
 from mmit.data.fit import Policy
+from mmit.data.provenance import taken
 from mmit.model.build import (
     Assembly,
     attention_implementation,
     merge_lora,
     placeholder_of,
+    tower_record,
 )
 from mmit.model.files import file_sha256, located, provenance, split_revision
 from mmit.model.pretrained import from_hub, load_tokenizer, load_whole
@@ -76,6 +78,7 @@ def assemble_source(model: schema.Model, *, seed: int, cache: Path | None) -> As
 
         assembly = assemble(schema.Model(language=name, attention=model.attention), seed=seed, cache=cache)
         assembly.own_chat = chat_format(own["chat"])
+        assembly.sources = {"from": assembly.sources["language"] | _history(own)}
         return assembly
     raise ConfigError(
         f"model.from: {name} is a {raw.get('model_type')!r}; name a Llava of transformers, an export or a run of mmit, "
@@ -93,6 +96,11 @@ def record_of(name: str) -> dict[str, Any] | None:
     return json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else None
 
 
+def _history(own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an export tells of its own parts and data, for the card of what is made of it."""
+    return {key: own[key] for key in ("sources", "data") if own is not None and key in own}
+
+
 def chat_format(record: Mapping[str, Any]) -> ChatFormat:
     """A format that was written as JSON, which has no tuples: lists of strings become them again."""
     known = {field.name for field in fields(ChatFormat)}
@@ -102,9 +110,10 @@ def chat_format(record: Mapping[str, Any]) -> ChatFormat:
 
 
 def _from_run(folder: Path, cache: Path | None) -> Assembly:
-    from mmit.model.saved import load_saved  # whose own model may come from a source
+    from mmit.model.saved import load_saved, settings_of  # whose own model may come from a source
 
     saved = load_saved(folder)  # without its feature cache: the tower may train now
+    settings = settings_of(folder)
     assembly = saved.assembly
     if assembly.adapter is not None:
         merge_lora(assembly)
@@ -113,7 +122,8 @@ def _from_run(folder: Path, cache: Path | None) -> Assembly:
         "from": {
             "name": str(folder),
             "sha256": {tensors.name: file_sha256(tensors, cache)},
-            "sources": assembly.sources,
+            "sources": saved.record["sources"],
+            "data": taken(settings["stages"]) if settings is not None else [],
         }
     }
     assembly.fresh.clear()
@@ -146,7 +156,7 @@ def _from_llava(name: str, model: schema.Model, cache: Path | None) -> Assembly:
         vlm=VLM(vision, projector, _causal_language(twin, model.attention)),
         tokenizer=_speaking_tokenizer(name),
         placeholder=config.image_token_id,
-        sources={"from": provenance(name, cache)},
+        sources={"from": provenance(name, cache) | _history(own)},
         fresh=set(),
         own_chat=chat_format(own["chat"]) if own is not None else None,
         own_pictures=policy,
@@ -234,7 +244,11 @@ def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Mode
     language = load_whole(AutoModelForCausalLM, "model.from", name, config=config, attn_implementation=attention)
     select: Select = "cls_patch" if raw.get("mm_vision_select_feature") == "cls_patch" else "patch"
     layer = int(raw.get("mm_vision_select_layer", -2))
-    vision = build_vision(schema.Vision(library="transformers", name=_tower(folder, tower), layer=layer, select=select))
+    place = _tower(folder, tower)
+    if place == tower and model.vision is not None:
+        place = model.vision.name  # the revision that the run began with
+    spec = schema.Vision(library="transformers", name=place, layer=layer, select=select)
+    vision = build_vision(spec)
     projector = MlpProjector(vision.dim, embedding_table(language).shape[1], depth=depth)
     tensors = _beside_the_language(folder, where)
     fill_projector(projector, {key: value for key, value in tensors.items() if "mm_projector" in key}, where)
@@ -247,7 +261,7 @@ def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Mode
         placeholder=placeholder,
         sources={
             "from": provenance(name, cache),
-            "vision": {"name": tower, "fingerprint": vision.fingerprint()},
+            "vision": tower_record(spec, vision) | {"name": tower},
         },
         fresh=fresh,
         own_pictures="pad" if raw.get("image_aspect_ratio") == "pad" else "crop",

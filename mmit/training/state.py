@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mmit.config import Config, ConfigError, Lora
-from mmit.model.build import Assembly, add_lora, assemble, merge_lora, pinned, restore
+from mmit.model.build import Assembly, add_lora, assemble, check_sources, merge_lora, pinned, restore
 from mmit.training import checkpoint, parallel
 from mmit.training.checkpoint import Checkpoint
 from mmit.training.data import StageData, rendering_of
@@ -80,7 +80,7 @@ def start(config: Config, number: int, origin: Checkpoint | None, cache: Path) -
     model = pinned(config.model, origin.state["model"]["sources"]) if origin is not None else config.model
     assembly = assemble(model, seed=config.seed, cache=cache)
     if origin is not None:
-        _check_sources(origin, assembly)
+        check_sources(origin.state["model"]["sources"], assembly, str(origin.folder))
         lora = origin.state["model"]["lora"]
         if lora is not None:
             add_lora(assembly, Lora(**lora), seed=config.seed)
@@ -248,13 +248,3 @@ def add_model_files(folder: Path, assembly: Assembly, tensors: Mapping[str, torc
         # Its own parameters may lie on several ranks. Embeddings are in model.safetensors.
         named = {name.replace("language.", "base_model.model.", 1): tensor for name, tensor in tensors.items()}
         assembly.adapter.save_pretrained(str(folder / "adapter"), state_dict=named, save_embedding_layers=False)
-
-
-def _check_sources(origin: Checkpoint, assembly: Assembly) -> None:
-    before = origin.state["model"]["sources"]
-    for part, record in assembly.sources.items():
-        if part in before and before[part] != record:
-            raise ConfigError(
-                f"model.{part}: the pretrained files are not those that the run started from "
-                f"(then {before[part]}, now {record}); put them back"
-            )

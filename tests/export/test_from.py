@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from mmit import config as schema
 from mmit.config import Config, ConfigError, parse_config
 from mmit.export.verify import compare, load_export, probes, said, said_by_export
 from mmit.export.write import DTYPES, Dtype, export
-from mmit.model.build import Assembly, assemble
+from mmit.model.build import Assembly, assemble, pinned
 from mmit.model.saved import Saved, load_saved
 from tests.export.foreign import llava_repository, random_llava
 from tests.export.models import MODELS, run_of, saved_model
+from tests.model.test_pretrained import on_the_hub
 
 
 def from_source(source: Path, **more: Any) -> Assembly:
@@ -154,6 +156,43 @@ def test_the_layout_of_the_llava_repository(tmp_path: Path, caplog: pytest.LogCa
     ours = [said(as_saved(same), item) for item in conversations]
     found = [said(theirs, item) for item in conversations]
     assert compare(ours, found, theirs, "test").largest_difference <= 1e-5
+
+
+def test_the_tower_of_the_hub_that_such_a_folder_names_is_kept_at_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder, llava = repository(tmp_path)
+    shutil.copytree(folder / "clip-tower", tmp_path / "moved")
+    llava.model.vision_tower.post_layernorm.weight.data += 1
+    llava.model.vision_tower.embeddings.class_embedding.data += 1
+    llava.model.vision_tower.save_pretrained(tmp_path / "moved")
+    on_the_hub(tmp_path / "hub", "somewhere/clip-tower", {"a" * 40: folder / "clip-tower"})
+    model = schema.Model.model_validate({"from": str(folder)})
+    before = assemble(model, seed=0)
+    on_the_hub(tmp_path / "hub", "somewhere/clip-tower", {"b" * 40: tmp_path / "moved"})
+    again, moved = assemble(pinned(model, before.sources), seed=0), assemble(model, seed=0)
+    assert before.sources["vision"]["revision"] == again.sources["vision"]["revision"] == "a" * 40
+    assert moved.sources["vision"]["revision"] == "b" * 40
+    assert again.sources == before.sources
+    towers: list[Any] = [assembly.vlm.vision for assembly in (before, again, moved)]
+    embeddings = [tower.encoder.get_parameter("embeddings.class_embedding") for tower in towers]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.equal(embeddings[0], embeddings[2])
+
+
+def test_a_text_only_export_of_the_hub_is_kept_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = schema.Model.model_validate({"from": "us/speaker"})
+    found = []
+    for revision in "ab":
+        export(run_of(saved_model(MODELS["text only"]), tmp_path / f"run {revision}"), tmp_path / revision)
+        on_the_hub(tmp_path / "hub", "us/speaker", {revision * 40: tmp_path / revision})
+        found.append(assemble(model, seed=0).sources)
+    assert [sources["from"]["revision"][0] for sources in found] == ["a", "b"]
+    assert assemble(pinned(model, found[0]), seed=0).sources == found[0]
 
 
 def repository(tmp_path: Path, **keys: Any) -> tuple[Path, LlavaForConditionalGeneration]:

@@ -99,6 +99,30 @@ def test_merge_writes_a_run_without_an_adapter_that_says_the_same(tmp_path: Path
         merge(tmp_path / "merged", tmp_path / "twice")
 
 
+@pytest.mark.parametrize("kind", ["run", "mmit"])
+def test_a_run_and_its_folder_of_mmit_can_be_told_where_their_base_lies_now(kind: str, tmp_path: Path) -> None:
+    export(run_of(saved_model(MODELS["text only"]), tmp_path / "random"), tmp_path / "there")
+    model = {"language": str(tmp_path / "there"), "vision": TOWERS["clip"]}
+    run = run_of(saved := saved_model(model), tmp_path / "run")
+    if kind == "mmit":
+        card = (export(run, tmp_path / "out", format="mmit").folder / "README.md").read_text()
+        (known,) = saved.assembly.sources["language"]["sha256"].values()
+        assert f"| language | `there` | model.safetensors {known[:16]} |" in card
+    folder = run / "final" if kind == "run" else tmp_path / "out"
+    conversation = verify.probes(saved)[0]
+    before = verify.said(load_saved(folder), conversation)
+    (tmp_path / "there").rename(tmp_path / "here")
+    with pytest.raises(
+        ConfigError, match=r"holds what was trained.*model\.language: .*/there.*`model` of .*model\.json"
+    ):
+        load_saved(folder)
+    file = folder / "model.json"
+    record = json.loads(file.read_text())
+    record["model"]["language"] = str(tmp_path / "here")
+    file.write_text(json.dumps(record))
+    assert torch.equal(verify.said(load_saved(folder), conversation).logits, before.logits)
+
+
 def test_with_fewer_bits_the_rounded_model_is_what_the_export_equals(tmp_path: Path) -> None:
     done = export(run_of(saved_model(CLIP), tmp_path / "run"), tmp_path / "out", dtype="bfloat16")
     assert done.parity.largest_difference <= 1e-5
