@@ -1,32 +1,27 @@
-"""The schema of a run: one YAML with an ordered list of stages, loaded strictly, every fault named at once.
+"""The schema of a run: its parts, and an ordered list of stages.
 
-Paths are relative to the folder in which the command runs; `~` is the home folder. `section.key=value` overrides are
-merged into the raw tree before it is validated, so a file and a command line are checked alike;
-`stages.sft.batch_size=8` names a stage.
+Paths are relative to the folder in which the command runs; `~` is the home folder.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from mmit.config.faults import ELSEWHERE
 
 
 def _number(value: Any) -> Any:
@@ -53,10 +48,6 @@ Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A path, hub name or address."""
-
-
-class ConfigError(ValueError):
-    """A fault of the user's input: where it is, what was found and what to write instead."""
 
 
 class Section(BaseModel):
@@ -411,204 +402,3 @@ class Config(Section):
         if faults:
             raise ValueError("\n  (the whole file): ".join(faults))
         return self
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML in which a key may stand once: of two `train:` sections PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands there twice; keep one", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def recipes() -> Path:
-    """The folder of recipes: that of the checkout, or as the wheel carries it."""
-    checkout = Path(__file__).parents[1] / "configs"
-    return checkout if (checkout / "demo.yaml").exists() else Path(__file__).parent / "configs"
-
-
-def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """The run that `file` and the `section.key=value` overrides describe; `ConfigError` lists every fault at once."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; recipes to copy lie in {recipes()}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{file}: is a folder; name its config, {file / 'config.yaml'}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as text ({error}); name a YAML file") from None
-    try:
-        loader = _Yaml(text)
-        loader.name = file.name  # which its faults tell beside the line
-        tree = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-30
-        tabs = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}{tabs}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: expected `key: value` lines with output, model and stages, found {tree!r:.60}")
-    return parse_config(tree, str(file), overrides)
-
-
-def parse_config(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
-    """`load_config` for a tree that is already in memory."""
-    tree = copy.deepcopy(tree)
-    for override in overrides:
-        _merge(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{where} is not a valid run:\n" + "\n".join(_explain(error, tree))) from None
-
-
-def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-ELSEWHERE = {
-    **dict.fromkeys(("lr", "learning_rate", "mm_projector_lr"), "train: {PART: {lr: ...}} of a stage"),
-    **dict.fromkeys(("llm", "model_name_or_path", "base_model"), "language"),
-    **dict.fromkeys(("vision_tower", "image_encoder"), "vision"),
-    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
-    **dict.fromkeys(("max_length", "max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), "max_tokens"),
-    **dict.fromkeys(("num_epochs", "num_train_epochs"), "epochs"),
-    **dict.fromkeys(("output_dir",), "output"),
-    **dict.fromkeys(("report_to",), "trackers"),
-    **dict.fromkeys(("image_aspect_ratio",), "pictures"),
-    **dict.fromkeys(("image_folder", "image_dir"), "images"),
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
-        "batch_size of a stage, which counts the samples of a step over all devices (row_tokens bounds a forward pass)",
-    ),
-}
-"""What keys of other trainers are called here."""
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    """`did you mean 'x'?`, or the list of what is known."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def _merge(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"override {override!r}: write section.key=value, such as stages.sft.batch_size=8")
-    try:
-        value = _Yaml(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
-    *parents, last = path.split(".")
-    here: Any = tree
-    for number, word in enumerate(parents):
-        here = _child(here, word, override, ".".join(parents[: number + 1]))
-    if isinstance(here, list):
-        here[_position(here, last, override)] = value
-    else:
-        here[last] = value
-
-
-def _child(node: Any, word: str, override: str, path: str) -> Any:
-    key: Any = _position(node, word, override) if isinstance(node, list) else word
-    child = node[key] if isinstance(node, list) else node.get(key)
-    if child is None:
-        child = node[key] = {}
-    if not isinstance(child, dict | list):
-        raise ConfigError(f"override {override!r}: {path} is {child!r}, which has no keys; set it as a whole")
-    return child
-
-
-def _position(items: list[Any], word: str, override: str) -> int:
-    names = [str(item.get("name", "")) if isinstance(item, dict) else "" for item in items]
-    if word and word in names:
-        return names.index(word)
-    if word.isdecimal() and int(word) < len(items):
-        return int(word)
-    named = [name for name in names if name]
-    raise ConfigError(
-        f"override {override!r}: {word!r} is none of 0..{len(items) - 1}" + (f" {named}" if named else "")
-    )
-
-
-def _explain(error: ValidationError, tree: Any) -> Iterator[str]:
-    """A line for each place: what may stand there (all members of a union), and what was found."""
-    faults = error.errors(include_url=False)
-    deeper = {fault["loc"][:-2] for fault in faults if len(fault["loc"]) > 2}
-    lines: dict[str, tuple[list[str], str]] = {}
-    for fault in faults:
-        if fault["type"] in ("string_type", "literal_error") and fault["loc"][:-1] in deeper:
-            continue  # another member of the union came closer: it names the inner fault
-        models, path, node = [Config], [], tree
-        for step in fault["loc"]:
-            if isinstance(step, str) and step in {model.__name__ for model in models}:
-                models = [model for model in models if model.__name__ == step]
-            elif isinstance(step, int) or (isinstance(node, dict) and step in node) or step in _keys(models):
-                path.append(str(step))
-                models = [inner for model in models for inner in _models_at(model, step)] or models
-                node = _inside(node, step)
-        found = ""
-        match fault["type"]:
-            case "extra_forbidden":
-                known = sorted(_keys(_parents(fault["loc"])))
-                key = str(fault["loc"][-1])
-                text = f"unknown key; {f'here it is {ELSEWHERE[key]}' if key in ELSEWHERE else suggest(key, known)}"
-            case "missing":
-                text = "is missing"
-            case "value_error":
-                text = fault["msg"].removeprefix("Value error, ")
-            case "model_type":
-                inside = [model for model in models if model.__name__ == fault.get("ctx", {}).get("class_name")]
-                text, found = (
-                    f"expected keys of its own ({', '.join(sorted(_keys(inside)))})",
-                    f"{fault['input']!r:.80}",
-                )
-            case _:
-                text, found = fault["msg"].replace("Input should be", "expected"), f"{fault['input']!r:.80}"
-        texts, _ = lines.setdefault(".".join(path) or "(the whole file)", ([], found))
-        if text not in texts:
-            texts.append(text)
-    for place, (texts, found) in lines.items():
-        yield f"  {place}: {', or '.join(texts)}" + (f"; found {found}" if found else "")
-
-
-def _parents(location: tuple[int | str, ...]) -> list[type[BaseModel]]:
-    models: list[type[BaseModel]] = [Config]
-    for step in location[:-1]:
-        named = [model for model in models if model.__name__ == step]
-        models = named or [inner for model in models for inner in _models_at(model, step)] or models
-    return models
-
-
-def _inside(node: Any, step: int | str) -> Any:
-    """What lies under a key or number of a raw tree, None if nothing does."""
-    if isinstance(node, dict):
-        return node.get(step)
-    return node[step] if isinstance(node, list) and isinstance(step, int) and step < len(node) else None
-
-
-def _keys(models: Sequence[type[BaseModel]]) -> set[str]:
-    return {field.alias or key for model in models for key, field in model.model_fields.items()}
-
-
-def _models_at(model: type[BaseModel], step: int | str) -> list[type[BaseModel]]:
-    """Models that the value of field `step` may be; an index into a list stays with the list's own models."""
-    if isinstance(step, int):
-        return [model]
-    if step not in model.model_fields:
-        return []
-    return list(_models_in(model.model_fields[step].annotation))
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, UnionType, list, Annotated):
-        for inner in get_args(annotation):
-            yield from _models_in(inner)

@@ -1,0 +1,37 @@
+"""What a run is asked to do: its schema, read from YAML and overrides, and every fault in it told at once."""
+
+from mmit.config.faults import ConfigError, suggest
+from mmit.config.reading import dump_config, load_config, parse_config, recipes
+from mmit.config.schema import (
+    Config,
+    Holdout,
+    Lora,
+    Model,
+    Projector,
+    RandomLanguage,
+    Source,
+    Stage,
+    Train,
+    Trained,
+    Vision,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Holdout",
+    "Lora",
+    "Model",
+    "Projector",
+    "RandomLanguage",
+    "Source",
+    "Stage",
+    "Train",
+    "Trained",
+    "Vision",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "recipes",
+    "suggest",
+]

@@ -1,0 +1,116 @@
+"""What is told of a config that is not valid: every fault at once, each with its place and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+
+class ConfigError(ValueError):
+    """A fault of the user's input: where it is, what was found and what to write instead."""
+
+
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate", "mm_projector_lr"), "train: {PART: {lr: ...}} of a stage"),
+    **dict.fromkeys(("llm", "model_name_or_path", "base_model"), "language"),
+    **dict.fromkeys(("vision_tower", "image_encoder"), "vision"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
+    **dict.fromkeys(("max_length", "max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), "max_tokens"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "epochs"),
+    **dict.fromkeys(("output_dir",), "output"),
+    **dict.fromkeys(("report_to",), "trackers"),
+    **dict.fromkeys(("image_aspect_ratio",), "pictures"),
+    **dict.fromkeys(("image_folder", "image_dir"), "images"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
+        "batch_size of a stage, which counts the samples of a step over all devices (row_tokens bounds a forward pass)",
+    ),
+}
+"""What keys of other trainers are called here."""
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """`did you mean 'x'?`, or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def explain(error: ValidationError, tree: Any, root: type[BaseModel]) -> Iterator[str]:
+    """A line for each place: what may stand there (all members of a union), and what was found."""
+    faults = error.errors(include_url=False)
+    deeper = {fault["loc"][:-2] for fault in faults if len(fault["loc"]) > 2}
+    lines: dict[str, tuple[list[str], str]] = {}
+    for fault in faults:
+        if fault["type"] in ("string_type", "literal_error") and fault["loc"][:-1] in deeper:
+            continue  # another member of the union came closer: it names the inner fault
+        models, path, node = [root], [], tree
+        for step in fault["loc"]:
+            if isinstance(step, str) and step in {model.__name__ for model in models}:
+                models = [model for model in models if model.__name__ == step]
+            elif isinstance(step, int) or (isinstance(node, dict) and step in node) or step in _keys(models):
+                path.append(str(step))
+                models = [inner for model in models for inner in _models_at(model, step)] or models
+                node = _inside(node, step)
+        found = ""
+        match fault["type"]:
+            case "extra_forbidden":
+                known = sorted(_keys(_parents(fault["loc"], root)))
+                key = str(fault["loc"][-1])
+                text = f"unknown key; {f'here it is {ELSEWHERE[key]}' if key in ELSEWHERE else suggest(key, known)}"
+            case "missing":
+                text = "is missing"
+            case "value_error":
+                text = fault["msg"].removeprefix("Value error, ")
+            case "model_type":
+                inside = [model for model in models if model.__name__ == fault.get("ctx", {}).get("class_name")]
+                text, found = (
+                    f"expected keys of its own ({', '.join(sorted(_keys(inside)))})",
+                    f"{fault['input']!r:.80}",
+                )
+            case _:
+                text, found = fault["msg"].replace("Input should be", "expected"), f"{fault['input']!r:.80}"
+        texts, _ = lines.setdefault(".".join(path) or "(the whole file)", ([], found))
+        if text not in texts:
+            texts.append(text)
+    for place, (texts, found) in lines.items():
+        yield f"  {place}: {', or '.join(texts)}" + (f"; found {found}" if found else "")
+
+
+def _parents(location: tuple[int | str, ...], root: type[BaseModel]) -> list[type[BaseModel]]:
+    models = [root]
+    for step in location[:-1]:
+        named = [model for model in models if model.__name__ == step]
+        models = named or [inner for model in models for inner in _models_at(model, step)] or models
+    return models
+
+
+def _inside(node: Any, step: int | str) -> Any:
+    """What lies under a key or number of a raw tree, None if nothing does."""
+    if isinstance(node, dict):
+        return node.get(step)
+    return node[step] if isinstance(node, list) and isinstance(step, int) and step < len(node) else None
+
+
+def _keys(models: Sequence[type[BaseModel]]) -> set[str]:
+    return {field.alias or key for model in models for key, field in model.model_fields.items()}
+
+
+def _models_at(model: type[BaseModel], step: int | str) -> list[type[BaseModel]]:
+    """Models that the value of field `step` may be; an index into a list stays with the list's own models."""
+    if isinstance(step, int):
+        return [model]
+    if step not in model.model_fields:
+        return []
+    return list(_models_in(model.model_fields[step].annotation))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, list, Annotated):
+        for inner in get_args(annotation):
+            yield from _models_in(inner)
