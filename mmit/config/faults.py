@@ -15,20 +15,44 @@ class ConfigError(ValueError):
 
 
 ELSEWHERE = {
-    **dict.fromkeys(("lr", "learning_rate", "mm_projector_lr"), "train: {PART: {lr: ...}} of a stage"),
-    **dict.fromkeys(("llm", "model_name_or_path", "base_model"), "language"),
+    **dict.fromkeys(("model_name_or_path", "base_model", "llm"), "language"),
     **dict.fromkeys(("vision_tower", "image_encoder"), "vision"),
-    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
+    "mm_vision_select_layer": "layer",
+    "mm_vision_select_feature": "select",
+    "mm_projector_type": "projector: {kind: mlp, depth: 2} of the model",
+    "pretrain_mm_mlp_adapter": "projector: {from: FILE} of the model",
+    **dict.fromkeys(("template", "chat_template", "version"), "chat"),
+    **dict.fromkeys(("flash_attn", "attn_implementation"), "attention"),
+    **dict.fromkeys(("dataset", "datasets", "data_path", "train_file"), "data: [{FORMAT: PATH}] of a stage"),
+    **dict.fromkeys(("image_folder", "image_dir", "media_dir"), "images"),
+    **dict.fromkeys(("max_samples", "max_train_samples"), "limit"),
+    "image_aspect_ratio": "pictures",
     **dict.fromkeys(("max_length", "max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), "max_tokens"),
-    **dict.fromkeys(("num_epochs", "num_train_epochs"), "epochs"),
-    **dict.fromkeys(("output_dir",), "output"),
-    **dict.fromkeys(("report_to",), "trackers"),
-    **dict.fromkeys(("image_aspect_ratio",), "pictures"),
-    **dict.fromkeys(("image_folder", "image_dir"), "images"),
+    **dict.fromkeys(("lr", "learning_rate", "mm_projector_lr"), "train: {PART: {lr: ...}} of a stage"),
+    **dict.fromkeys(("finetuning_type", "lora_enable", "use_peft"), "lora"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), "targets"),
     **dict.fromkeys(
         ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
         "batch_size of a stage, which counts the samples of a step over all devices (row_tokens bounds a forward pass)",
     ),
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "epochs"),
+    "max_steps": "steps",
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), "schedule"),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "warmup, a share of the steps, of a stage"),
+    **dict.fromkeys(("max_grad_norm", "gradient_clipping"), "clip"),
+    **dict.fromkeys(("val_size", "val_set_size"), "eval.holdout.fraction"),
+    "eval_steps": "eval.every",
+    "save_steps": "save.every",
+    "save_total_limit": "save.keep",
+    "output_dir": "output",
+    "report_to": "trackers",
+    **dict.fromkeys(("bf16", "fp16"), "precision"),
+    **dict.fromkeys(("deepspeed", "fsdp"), "parallel"),
+    "dataloader_num_workers": "workers",
+    "resume_from_checkpoint": "the same command again, which goes on by itself",
 }
 """What keys of other trainers are called here."""
 
@@ -44,6 +68,7 @@ def explain(error: ValidationError, tree: Any, root: type[BaseModel]) -> Iterato
     faults = error.errors(include_url=False)
     deeper = {fault["loc"][:-2] for fault in faults if len(fault["loc"]) > 2}
     lines: dict[str, tuple[list[str], str]] = {}
+    listed: set[tuple[int | str, ...]] = set()
     for fault in faults:
         if fault["type"] in ("string_type", "literal_error") and fault["loc"][:-1] in deeper:
             continue  # another member of the union came closer: it names the inner fault
@@ -59,8 +84,11 @@ def explain(error: ValidationError, tree: Any, root: type[BaseModel]) -> Iterato
         match fault["type"]:
             case "extra_forbidden":
                 known = sorted(_keys(_parents(fault["loc"], root)))
-                key = str(fault["loc"][-1])
-                text = f"unknown key; {f'here it is {ELSEWHERE[key]}' if key in ELSEWHERE else suggest(key, known)}"
+                advice = _advice(str(fault["loc"][-1]), known, root)
+                text = f"unknown key; {advice}"
+                if advice.startswith("known: "):  # once for each section
+                    text = "unknown key" if fault["loc"][:-1] in listed else text
+                    listed.add(fault["loc"][:-1])
             case "missing":
                 text = "is missing"
             case "value_error":
@@ -78,6 +106,32 @@ def explain(error: ValidationError, tree: Any, root: type[BaseModel]) -> Iterato
             texts.append(text)
     for place, (texts, found) in lines.items():
         yield f"  {place}: {', or '.join(texts)}" + (f"; found {found}" if found else "")
+
+
+def _advice(key: str, known: Sequence[str], root: type[BaseModel]) -> str:
+    """What to write instead of a key that a section does not have."""
+    places = dict(_places(root))
+    if key in ELSEWHERE:
+        own = ELSEWHERE[key]
+        return f"here it is {own if own in known else places.get(own, own)}"
+    advice = suggest(key, known)
+    return f"its place is {places[key]}" if advice.startswith("known: ") and key in places else advice
+
+
+def _places(root: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Each key with a path to it, the shortest last: of `dict`, the one that stays."""
+    found: list[tuple[str, str]] = []
+    level = [("", root)]
+    while level:
+        deeper = []
+        for path, model in level:
+            for name, field in model.model_fields.items():
+                key = field.alias or name
+                found.append((key, path + key))
+                items = {"stages": ".NAME", "data": ".0"}.get(key, "")
+                deeper += [(f"{path}{key}{items}.", inner) for inner in _models_in(field.annotation)]
+        level = deeper
+    return reversed(found)
 
 
 def _parents(location: tuple[int | str, ...], root: type[BaseModel]) -> list[type[BaseModel]]:

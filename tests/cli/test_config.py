@@ -378,6 +378,36 @@ def test_a_fault_is_one_line_with_its_place_and_what_to_write(path: str, value: 
         assert line.startswith(start)
 
 
+def test_the_keys_of_a_llama_factory_file_are_answered_with_the_places_of_ours() -> None:
+    """Of the thirty of one, twenty were answered with the same list of known keys."""
+    tree: dict[str, Any] = {"model_name_or_path": "x/y", "template": "qwen", "finetuning_type": "lora", "lora_rank": 8}
+    tree |= {"do_train": True, "cutoff_len": 2048, "val_size": 0.1, "eval_steps": 500, "logging_steps": 10}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, "run.yaml")
+    assert str(caught.value).split("\n  ")[1:] == [
+        "output: is missing",
+        "model: is missing",
+        "stages: is missing",
+        "model_name_or_path: unknown key; here it is model.language",
+        "template: unknown key; here it is model.chat",
+        "finetuning_type: unknown key; here it is stages.NAME.train.language.lora",
+        "lora_rank: unknown key; here it is stages.NAME.train.language.lora.rank",
+        f"do_train: unknown key; known: {', '.join(sorted(Config.model_fields))}",
+        "cutoff_len: unknown key; here it is stages.NAME.max_tokens",
+        "val_size: unknown key; here it is eval.holdout.fraction",
+        "eval_steps: unknown key; here it is eval.every",
+        "logging_steps: unknown key",
+    ]
+
+
+def test_a_key_in_the_wrong_section_is_answered_with_its_place() -> None:
+    assert faults(nothing, "batch_size=8", "stages.sft.holdout=0.1", "stages.sft.train.lora={rank: 8}") == [
+        "stages.1.train.lora: unknown key; its place is stages.NAME.train.language.lora",
+        "stages.1.holdout: unknown key; its place is eval.holdout",
+        "batch_size: unknown key; its place is stages.NAME.batch_size",
+    ]
+
+
 def test_epochs_and_steps_exclude_each_other() -> None:
     assert faults(nothing, "stages.align.epochs=1", "stages.align.steps=5") == [
         "stages.0: both epochs and steps are set; keep one of them (KEY=null takes one out)"
