@@ -62,9 +62,15 @@ def with_shards(config: Config, *, processes: int = 1, say: Say = _nothing) -> C
     from mmit.data.cache import cache_folder
 
     cache = cache_folder(config.cache)
+    told: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in told:  # stages may share a source
+            told.add(line)
+            say(line)
 
     def shards_of(sources: Sequence[Source]) -> list[Source]:
-        return [_converted(source, cache, processes, say) for source in sources]
+        return [_converted(source, cache, processes, once) for source in sources]
 
     update: dict[str, object] = {
         "stages": [stage.model_copy(update={"data": shards_of(stage.data)}) for stage in config.stages]
@@ -97,7 +103,9 @@ def _unknown_formats(config: Config) -> Iterator[str]:
     sources += [("eval.data", source) for source in (config.eval.data if config.eval is not None else ())]
     for where, source in sources:
         if source.format is not None and source.format not in FORMATS and ":" not in source.format:
-            yield f"{where}: {source.format!r} is not a format; {suggest(source.format, sorted(FORMATS))}"
+            advice = suggest(source.format, sorted(FORMATS))
+            detect = f"; `mmit-data detect {source.path}` tells what it is" if advice.startswith("known: ") else ""
+            yield f"{where}: {source.format!r} is not a format; {advice}{detect}"
 
 
 def _unknown_chats(config: Config) -> Iterator[str]:

@@ -154,8 +154,11 @@ def _held_out_steps(
             origins.append(Origin(encoder.shards.fingerprint, indices[np.sort(chosen)]))
             evaluated.append(encoder)
     if not origins:
+        share = f"{config.eval.holdout.fraction:g} by {config.eval.holdout.by}" if config.eval.holdout else "eval.data"
+        samples = sum(len(encoder.shards) for encoder in encoders)
         raise ConfigError(
-            f"eval.holdout: no sample of stage {stage.name} falls into a share of {config.eval.holdout}; raise fraction"
+            f"eval: a share of {share} holds out none of the {samples} samples of stage {stage.name}; raise "
+            f"eval.holdout.fraction, or write eval: null"
         )
     order = Order(tuple(origins), config.seed, max(stage.batch_size, 8))
     return Steps(order, evaluated, **layout)

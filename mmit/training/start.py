@@ -44,7 +44,9 @@ def initialise_projector(config: Config, assembly: Assembly, steps: Steps) -> No
 
 def table_of_parts(config: Config, stage: Stage, assembly: Assembly, data: StageData) -> Table:
     """Every part: its parameters, how many of them train, at which rate and in which precision."""
-    table = Table(title=f"stage {stage.name}: {data.total} steps of {stage.batch_size} samples", title_justify="left")
+    samples = min(stage.batch_size, data.training.order.samples(0))
+    fewer = f", all that an epoch has (batch_size is {stage.batch_size})" if samples < stage.batch_size else ""
+    table = Table(title=f"stage {stage.name}: {data.total} steps of {samples} samples{fewer}", title_justify="left")
     lines = ["will be loaded by: " + "; ".join(targets(assembly))]
     unused = assembly.vlm.vision.unused_parameters() if stage.train.vision and assembly.vlm.vision else []
     if unused:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from data_tools.formats import FORMATS
 from mmit import cli
-from mmit.api import train
+from mmit.api import check_names, train
 from mmit.config import Config, ConfigError, RandomLanguage, dump_config, load_config, parse_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -539,6 +539,12 @@ def test_an_unknown_format_is_told_with_a_near_one(
     tiny = next(file for file in RECIPES if file.name == "tiny.yaml")
     assert run(monkeypatch, "config", str(tiny), "stages.sft.data=[{lava: x.json}]") == 2
     assert capsys.readouterr().err == "stages.sft.data: 'lava' is not a format; did you mean 'llava'?\n"
+
+
+def test_a_format_that_is_to_be_guessed_is_answered_with_the_command_that_guesses() -> None:
+    config = parse_config(good(), "run.yaml", ["stages.sft.data=[{auto: rows.json}]"])
+    with pytest.raises(ConfigError, match=r"'auto' is not a format.*`mmit-data detect rows\.json` tells what"):
+        check_names(config)
 
 
 def test_the_installed_command_ends_so_too(tmp_path: Path) -> None:

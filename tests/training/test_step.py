@@ -377,3 +377,22 @@ def test_the_table_lists_what_cannot_train(tmp_path: Path, data: Path) -> None:
     unused = assembly.vlm.vision.unused_parameters()
     assert unused
     assert all(name in told for name in unused)
+
+
+def test_the_table_tells_that_an_epoch_is_smaller_than_a_step(tmp_path: Path, texts: Path) -> None:
+    """`2 steps of 128 samples` was said of a set of nine."""
+    only = stage("s", shards(tmp_path / "few", [written(number) for number in range(9)]), {"language": {"lr": 1e-3}})
+    wanted = config(tmp_path / "run", only | {"batch_size": 128, "epochs": 2}, vision=None)
+    assembly = assemble(wanted.model, seed=0)
+    title = table_of_parts(wanted, wanted.stages[0], assembly, opened(wanted, assembly)).title
+    assert title == "stage s: 2 steps of 9 samples, all that an epoch has (batch_size is 128)"
+
+
+def test_a_share_that_holds_out_nothing_is_named(tmp_path: Path) -> None:
+    few = shards(tmp_path / "few", [written(number) for number in range(3)])
+    only, held_out = stage("s", few, {"language": {"lr": 1e-3}}), {"holdout": {"fraction": 0.01, "by": "sample"}}
+    wanted = config(tmp_path / "run", only, vision=None, eval=held_out)
+    with pytest.raises(
+        ConfigError, match=r"a share of 0\.01 by sample holds out none of the 3 samples of stage s; rai"
+    ):
+        opened(wanted, assembled(wanted))
