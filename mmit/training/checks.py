@@ -72,7 +72,7 @@ def _learns_from_pictures(row: Row) -> bool:
 
 def count_skipped(at: RunningStage, step: Step) -> list[Hole]:
     """The holes of the step over all ranks. SampleError once too many samples could not be read."""
-    holes = of_all_ranks(at.accelerator, step.holes)
+    holes = of_all_ranks(at, step.holes)
     progress, settings = at.progress, at.settings
     samples = step.samples + len(step.holes) - sum(hole.kind == "long" for hole in step.holes)
     bad = [hole for hole in holes if hole.kind == "bad"]
@@ -92,9 +92,11 @@ def count_skipped(at: RunningStage, step: Step) -> list[Hole]:
     return holes
 
 
-def of_all_ranks(accelerator: Accelerator, holes: Sequence[Hole]) -> list[Hole]:
+def of_all_ranks(at: RunningStage, holes: Sequence[Hole]) -> list[Hole]:
     """Those that every rank knows, and those that one alone has met while decoding its pictures."""
-    own = [hole for hole in holes if hole.here]
-    return [hole for hole in holes if not hole.here] + [
-        hole for found in parallel.gathered(accelerator, own) for hole in found
-    ]
+    if at.settings.on_bad_sample == "raise":  # it would have ended the run
+        return list(holes)
+    found = [hole for hole in holes if not hole.here]
+    for own in parallel.gathered(at.accelerator, [hole for hole in holes if hole.here]):
+        found += own
+    return found

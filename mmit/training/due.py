@@ -126,7 +126,7 @@ def _held_out_loss(at: RunningStage) -> tuple[dict[str, Any], list[Hole]] | None
             with accelerator.autocast():
                 add_by_source(sums, at.model(row), row)
     sums = parallel.summed(accelerator, sums)
-    holes = sorted(of_all_ranks(accelerator, holes), key=lambda hole: hole.where)
+    holes = sorted(of_all_ranks(at, holes), key=lambda hole: hole.where)
     found = zip(at.data.titles, sums.tolist(), strict=True)
     losses = {title: or_none(total / count) for title, (total, count) in found if count}
     total, count = sums.sum(0).tolist()

@@ -105,7 +105,9 @@ def _train_stage(
 
 def _gradients(at: RunningStage, step: Step, stopping: Callable[[], bool]) -> Tensor | None:
     """`_forward_backward`, or None once a rank was asked to stop; ConfigError for a step that memory cannot hold."""
-    (supervised,) = parallel.agreed(at.accelerator, step.supervised)
+    supervised, stop = parallel.agreed(at.accelerator, step.supervised, at.stop.set)
+    if stop:
+        return None
     set_rates(at.optimizer, at.settings, step.number, at.data.total)
     try:
         return _forward_backward(
@@ -169,11 +171,11 @@ def _forward_backward(
 ) -> Tensor | None:
     """Gradients of the step's loss. Returns (sources, 2): summed loss and supervised tokens of each, over all ranks.
 
-    None, with gradients of no use, once `stopping` says so before a micro-step.
+    None, with gradients of no use, once `stopping` says so between two micro-steps.
     """
     sums = torch.zeros(sources, 2, dtype=torch.float64, device=accelerator.device)
     for micro_step, row in enumerate(step.rows):
-        if stopping():
+        if micro_step > 0 and stopping():
             return None
         row = row.to(accelerator.device)
         torch.manual_seed(dropout_seed(config.seed, step.number, accelerator.process_index, micro_step))

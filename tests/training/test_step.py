@@ -23,6 +23,7 @@ from mmit.data.loader import Step
 from mmit.data.sample import Sample, SampleError, message
 from mmit.model import build
 from mmit.model.build import Assembly, assemble
+from mmit.training import parallel
 from mmit.training.checks import finite_norm
 from mmit.training.data import StageData, too_long
 from mmit.training.loop import _forward_backward
@@ -40,6 +41,7 @@ from tests.training.tiny import (
     once_each,
     opened,
     pictured,
+    run,
     shards,
     silent,
     stage,
@@ -396,3 +398,22 @@ def test_a_share_that_holds_out_nothing_is_named(tmp_path: Path) -> None:
         ConfigError, match=r"a share of 0\.01 by sample holds out none of the 3 samples of stage s; rai"
     ):
         opened(wanted, assembled(wanted))
+
+
+def test_a_step_of_one_row_asks_the_other_ranks_twice(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether one is to stop, with the count of tokens and again before what is due; each asking waits for the device.
+    (And what has a gradient, in the first step alone.)"""
+    asked = parallel.agreed
+
+    def counted(*arguments: Any) -> list[int]:
+        with (tmp_path / "asked").open("a") as file:
+            file.write("x")
+        return asked(*arguments)
+
+    monkeypatch.setattr(parallel, "agreed", counted)
+    for steps in (2, 5):
+        run(config(tmp_path / f"run{steps}", stage("s", texts, {"language": {"lr": 1e-3}}, steps=steps), vision=None))
+        (tmp_path / "asked").rename(tmp_path / str(steps))
+    assert (tmp_path / "5").stat().st_size - (tmp_path / "2").stat().st_size == 2 * 3
