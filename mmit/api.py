@@ -81,12 +81,16 @@ def with_shards(config: Config, *, processes: int = 1, say: Say = _nothing) -> C
 
 
 def check_names(config: Config) -> None:
-    """ConfigError, before any weights are read, for formats, projectors and trackers that are not known."""
+    """ConfigError, before any weights are read, for formats, projectors, metrics and trackers that are not known."""
     faults = [*_unknown_formats(config), *_unknown_chats(config)]
     if config.model.projector is not None and config.model.projector.kind not in ("linear", "mlp"):
         from mmit.model.projector import projector_class
 
         projector_class(config.model.projector)
+    if config.eval is not None:
+        from mmit.evaluation.scores import metric_of
+
+        metric_of(config.eval.metric)
     if config.trackers:
         from mmit.training.trackers import maker
 

@@ -1,6 +1,7 @@
 """What a run is asked to do: its schema, read from YAML and overrides, and every fault in it told at once."""
 
 from mmit.config.faults import ConfigError, suggest
+from mmit.config.own import imported
 from mmit.config.reading import dump_config, load_config, parse_config, recipes
 from mmit.config.schema import (
     Config,
@@ -30,6 +31,7 @@ __all__ = [
     "Trained",
     "Vision",
     "dump_config",
+    "imported",
     "load_config",
     "parse_config",
     "recipes",

@@ -9,7 +9,6 @@ cannot pose as either.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mmit.config import ConfigError
+from mmit.config import ConfigError, imported
 from mmit.data.chat_formats import CHAT_FORMATS, Boxes, ChatFormat, Piece, find_placeholder, jinja, pieces
 from mmit.data.chat_learn import learn
 from mmit.data.chat_text import Section, TextEncoder
@@ -293,16 +292,9 @@ def resolve(name: str, tokenizer: PreTrainedTokenizerBase, *, placeholder: int |
         return Chat(learn(tokenizer), tokenizer, placeholder=placeholder)
     if name in CHAT_FORMATS:
         return Chat(CHAT_FORMATS[name], tokenizer, placeholder=placeholder)
-    known = f"write auto, {', '.join(CHAT_FORMATS)}, or package.module:NAME of a ChatFormat"
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(f"chat: {name!r} is not a chat format; {known}")
-    try:
-        found = vars(importlib.import_module(module))[attribute]
-    except (ImportError, KeyError) as error:
-        raise ConfigError(f"chat: {name!r} cannot be loaded ({type(error).__name__}: {error}); {known}") from error
+    found = imported(name, "chat", ["auto", *CHAT_FORMATS])
     if not isinstance(found, ChatFormat):
-        raise ConfigError(f"chat: {name!r} is a {type(found).__name__}, not a ChatFormat; {known}")
+        raise ConfigError(f"chat: {name!r} is a {type(found).__name__}; write a ChatFormat of mmit.data.chat")
     return Chat(found, tokenizer, placeholder=placeholder)
 
 

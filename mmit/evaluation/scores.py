@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from mmit.config import ConfigError, suggest
+from mmit.config import imported
 
 Metric = Callable[[str, str], float]
 """The score, 0 to 1, of an answer beside what was expected."""
@@ -34,17 +33,7 @@ METRICS: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1}
 
 def metric_of(name: str) -> Metric:
     """One of METRICS, or `package.module:Name` called with an answer and what was expected."""
-    if name in METRICS:
-        return METRICS[name]
-    module, colon, inside = name.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"eval.metric: {name!r} is not known; {suggest(name, sorted(METRICS))}, or package.module:Name"
-        )
-    try:
-        return vars(importlib.import_module(module))[inside]
-    except (ImportError, KeyError) as error:
-        raise ConfigError(f"eval.metric: {name!r} cannot be imported ({error!r})") from None
+    return METRICS[name] if name in METRICS else imported(name, "eval.metric", METRICS)
 
 
 def vqa_accuracy(answer: str, expected: Sequence[str]) -> float:

@@ -6,13 +6,12 @@ pixel is seen. N counts pictures, P and P' tokens of a picture, D and H are the 
 
 from __future__ import annotations
 
-import importlib
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from mmit.config import ConfigError
+from mmit.config import ConfigError, imported
 from mmit.config import Projector as ProjectorConfig
 
 
@@ -65,18 +64,11 @@ def projector_class(spec: ProjectorConfig) -> type[Projector]:
     """The class `kind` names: one of `kinds`, or a user's own `package.module:Name`."""
     if spec.kind in kinds:
         return kinds[spec.kind]
-    where = f"model.projector.kind: {spec.kind!r}"
-    module_name, colon, name = spec.kind.partition(":")
-    if not (module_name and colon and name):
-        raise ConfigError(f"{where} is not known; write one of {', '.join(kinds)}, or package.module:Name of your own")
-    try:
-        found = vars(importlib.import_module(module_name)).get(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{where}: {error}; write a module that `python -c 'import {module_name}'` finds") from error
+    found = imported(spec.kind, "model.projector.kind", kinds)
     if not (isinstance(found, type) and issubclass(found, Projector)):
         raise ConfigError(
-            f"{where}: {module_name} holds no projector of that name (found {found!r}); "
-            f"write a class {name} that derives from mmit.model.projector.Projector"
+            f"model.projector.kind: {spec.kind!r} is {found!r}; write a class that derives from "
+            f"mmit.model.projector.Projector"
         )
     return found
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from mmit.config import Config, Stage
 from mmit.data.cache import cache_folder
-from mmit.evaluation.scores import metric_of
 from mmit.model.build import Assembly, check_targets, set_modes, set_trained
 from mmit.model.probes import chunk_for, probe_embeddings, probe_head, probe_isolation
 from mmit.training import parallel, state
@@ -71,8 +70,6 @@ def prepare(
     log."""
     stage, device = config.stages[number], accelerator.device
     cache = cache_folder(config.cache)
-    if config.eval is not None:
-        metric_of(config.eval.metric)  # named wrongly, it is better known before the first evaluation
     origin = resumed or parallel.from_main(accelerator, lambda: state.finished_before(config, number, run))
     assembly = parallel.on_all(accelerator, lambda: state.start(config, number, origin, cache))
     data = parallel.on_all(

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate.tracking import MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from mmit.config import ConfigError, suggest
+from mmit.config import imported
 
 
 class Tracker(Protocol):
@@ -65,17 +64,7 @@ class Trackers:
 
 
 def maker(name: str) -> Callable[[str, Path], Any]:
-    if name in KNOWN:
-        return KNOWN[name]
-    module, colon, inside = name.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"trackers: {name!r} is not a tracker; {suggest(name, sorted(KNOWN))}, or package.module:Name"
-        )
-    try:
-        return vars(importlib.import_module(module))[inside]
-    except (ImportError, KeyError) as error:
-        raise ConfigError(f"trackers: {name!r} cannot be imported ({error!r})") from None
+    return KNOWN[name] if name in KNOWN else imported(name, "trackers", KNOWN)
 
 
 def _begun(tracker: Any) -> Tracker:

@@ -487,8 +487,13 @@ def test_a_format_is_found_by_name_or_as_a_users_own() -> None:
     made = byte_tokenizer()
     assert resolve("tests.data.test_chat:OWN", made).format == OWN
     assert resolve("auto", made).format.user == CHAT_FORMATS["chatml"].user
-    for name in ("chatlm", "no.such:NAME", "tests.data.test_chat:WORDS", "tests.data.test_chat:MISSING"):
-        with pytest.raises(ConfigError, match="auto, plain, vicuna_v1, chatml"):
+    for name, told in {
+        "chatlm": "did you mean 'chatml'[?] There are auto, plain, vicuna_v1, chatml",
+        "no.such:NAME": "cannot be imported .*; install it, or name its folder in PYTHONPATH",
+        "tests.data.test_chat:WORDS": "is a list; write a ChatFormat",
+        "tests.data.test_chat:MISSING": "tests.data.test_chat holds no MISSING",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^chat: '{name}' .*{told}"):
             resolve(name, made)
 
 

@@ -114,7 +114,7 @@ def test_a_projector_of_ones_own_is_named_by_module(own_module: str) -> None:
     [
         ("mpl", "linear, mlp"),
         ("no_such_module_here:Name", "no_such_module_here"),
-        ("own_projectors:Missing", "derives from mmit.model.projector.Projector"),
+        ("own_projectors:Missing", "own_projectors holds no Missing"),
         ("own_projectors:NotOne", "derives from mmit.model.projector.Projector"),
     ],
 )
