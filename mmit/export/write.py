@@ -45,6 +45,7 @@ from mmit.export.verify import (
     said_by_export,
 )
 from mmit.model.build import merge_lora
+from mmit.model.pretrained import bars_on_terminals
 from mmit.model.saved import Saved, load_saved, run_folder, settings_of
 
 RECORD = "mmit.json"
@@ -64,6 +65,7 @@ class Exported:
     parity: Parity
 
 
+@bars_on_terminals()
 def export(
     run: Path,
     out: Path,

