@@ -193,6 +193,9 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, 
     added = {token["id"]: token for token in described["added_tokens"]}
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     by_bytes = bool(model.get("byte_fallback"))
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    # llama.cpp joins the neighbours whose whole scores best, tokenizers those of the earliest merge.
+    ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(merges)))}
     tokens, types, scores = [], [], []
     for number in range(size):
         token = names.get(number, f"<unused_{number}>")
@@ -205,7 +208,7 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, 
             kind = gguf.TokenType.BYTE
         tokens.append(token)
         types.append(kind)
-        scores.append(float(-number))
+        scores.append(float(-ranks.get(token, len(merges))))
     spaces = [bool(chat.text.prefix("x", section)) for section in ("first", "start")]
     if any(spaces) and not (by_bytes and all(spaces)):
         raise ExportError(
@@ -219,9 +222,8 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, 
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(described))
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         # llama.cpp refuses a list without merges; bytes FF and FE stand in no UTF-8 text.
-        writer.add_token_merges(merges or ["ÿ þ"])
+        writer.add_token_merges([" ".join(pair) for pair in merges] or ["ÿ þ"])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_add_bos_token(bool(chat.begin))

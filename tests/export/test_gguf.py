@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from ctypes import byref, c_size_t, c_uint8
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +34,7 @@ from mmit.export.processor import speaking_tokenizer
 from mmit.export.verify import Conversation, probes, rendered, said
 from mmit.export.write import export
 from mmit.model.saved import Saved
-from tests.data.made_tokenizers import byte_level, metaspace
+from tests.data.made_tokenizers import CORPUS, byte_level, metaspace
 from tests.export.models import LLAMA, MODELS, TOWERS, run_of, saved_model
 
 gguf = pytest.importorskip("gguf")
@@ -130,6 +132,36 @@ def test_where_spaces_go_before_texts_is_said_or_refused(scheme: str, space: boo
     export(run, tmp_path / "out", format="gguf")
     reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
     assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() == space
+
+
+@pytest.mark.parametrize("order", ["as merged", "reversed"])
+def test_scores_cut_a_text_as_merges_do_in_whatever_order_the_ids_stand(order: str, tmp_path: Path) -> None:
+    """By the rule of llama.cpp for tokenizers as of Llama 2: the neighbours whose whole scores best, leftmost first."""
+    described = json.loads(cast(Any, metaspace("always").backend_tokenizer).to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < 259]
+    if order == "reversed":  # behind three control tokens and the bytes
+        names = sorted(described["model"]["vocab"], key=described["model"]["vocab"].__getitem__)
+        names[259:] = reversed(names[259:])
+        described["model"]["vocab"] = {name: number for number, name in enumerate(names)}
+    backend = Tokenizer.from_str(json.dumps(described))
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "tokenizer")
+    model = {"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}
+    export(run_of(saved_model(model, chat="vicuna_v1"), tmp_path / "run"), tmp_path / "out", format="gguf")
+    reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
+    names, numbers = (reader.get_field(f"tokenizer.ggml.{key}").contents() for key in ("tokens", "scores"))
+    scores = dict(zip(names, numbers, strict=True))
+    for text in CORPUS:
+        cut = list("▁" + text.replace(" ", "▁"))
+        while True:
+            whole = [(scores.get(left + right), -place) for place, (left, right) in enumerate(pairwise(cut))]
+            found = [(score, place) for score, place in whole if score is not None]
+            if not found:
+                break
+            place = -max(found)[1]
+            cut[place : place + 2] = [cut[place] + cut[place + 1]]
+        assert cut == backend.encode(text, add_special_tokens=False).tokens
 
 
 @pytest.mark.parametrize("chat", ["auto", "vicuna_v1"])
