@@ -68,10 +68,12 @@ CLIP_WHOLE = {
     "pre_layrnorm.weight": "v.pre_ln.weight",
     "pre_layrnorm.bias": "v.pre_ln.bias",
 }
-# How a byte-level tokenizer cuts text before merging, as a pattern in its tokenizer.json -> llama.cpp's name for it.
+# How a byte-level tokenizer cuts text before merging, as a pattern in its tokenizer.json, and whether a word that is
+# itself a token is taken whole (ignore_merges) -> llama.cpp's name for it.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {WORDS + r"\p{N}" + REST: "qwen2", WORDS + r"\p{N}{1,3}" + REST: "llama-bpe"}
+QWEN2, LLAMA_3 = WORDS + r"\p{N}" + REST, WORDS + r"\p{N}{1,3}" + REST
+PRE_TOKENIZERS = {(QWEN2, False): "qwen2", (LLAMA_3, True): "llama-bpe", (LLAMA_3, False): "dbrx"}
 
 
 def write_gguf(saved: Saved, folder: Path, dtype: str) -> None:
@@ -243,19 +245,22 @@ def _plain_template(chat: Chat) -> str:
 def _pre_tokenizer(described: Mapping[str, Any]) -> str:
     if not described["model"]["merges"]:
         return "gpt-2"  # single bytes come out the same, however the text is cut
+    whole = bool(described["model"].get("ignore_merges"))
     part = described["pre_tokenizer"] or {}
     parts = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
-    kinds = [item.get("type") for item in parts]
-    patterns = [item["pattern"].get("Regex") for item in parts if item.get("type") == "Split"]
-    if len(patterns) == 1 and patterns[0] in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[patterns[0]]
-    if kinds == ["Digits", "ByteLevel"]:
-        return "smollm"
-    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
-        return "gpt-2"
+    match parts:
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "use_regex": False},
+        ] if (pattern, whole) in PRE_TOKENIZERS:
+            return PRE_TOKENIZERS[pattern, whole]
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}] if not whole:
+            return "smollm"
+        case [{"type": "ByteLevel", "use_regex": True}] if not whole:
+            return "gpt-2"
     raise ExportError(
-        f"--format gguf: llama.cpp's name for how this tokenizer cuts text ({kinds}, {patterns}) is not known here; "
-        f"export to transformers, and convert with llama.cpp's own convert_hf_to_gguf.py"
+        f"--format gguf: llama.cpp's name for how this tokenizer cuts text ({parts}, ignore_merges {whole}) is not "
+        f"known here; export to transformers, and convert with llama.cpp's own convert_hf_to_gguf.py"
     )
 
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from mmit.data.fit import normalise
 from mmit.data.images import decode
 from mmit.data.sample import Part, TextPart, message
-from mmit.export.gguf import PRE_TOKENIZERS, finish
+from mmit.export.gguf import LLAMA_3, QWEN2, finish
 from mmit.export.llava import ExportError
 from mmit.export.processor import speaking_tokenizer
 from mmit.export.verify import Conversation, probes, rendered, said
@@ -132,6 +132,47 @@ def test_where_spaces_go_before_texts_is_said_or_refused(scheme: str, space: boo
     export(run, tmp_path / "out", format="gguf")
     reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
     assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() == space
+
+
+def cut_as(steps: str | list[Any], *, whole: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the control tokens of ChatML and Llama 3 that cuts text by a pattern, or in these steps."""
+    described = json.loads(cast(Any, byte_level().backend_tokenizer).to_str())
+    described["model"]["ignore_merges"] = whole
+    backend = Tokenizer.from_str(json.dumps(described))
+    if isinstance(steps, str):
+        steps = [pre_tokenizers.Split(Regex(steps), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<image>"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=names)
+
+
+@pytest.mark.parametrize(
+    ("steps", "whole", "name"),
+    [
+        (QWEN2, False, "qwen2"),
+        (QWEN2, True, None),
+        (LLAMA_3, True, "llama-bpe"),
+        (LLAMA_3, False, "dbrx"),
+        (r"\p{L}+|\s+", False, None),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)], False, "smollm"),
+        ([pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(False)], False, None),
+        ([pre_tokenizers.Split(Regex(QWEN2), "isolated"), pre_tokenizers.ByteLevel(False)], False, None),
+        ([pre_tokenizers.ByteLevel(False)], False, "gpt-2"),
+        ([pre_tokenizers.ByteLevel(False)], True, None),
+    ],
+)
+def test_how_a_tokenizer_cuts_text_is_named_or_refused(
+    steps: str | list[Any], whole: bool, name: str | None, tmp_path: Path
+) -> None:
+    cut_as(steps, whole=whole).save_pretrained(tmp_path / "tokenizer")
+    model = {"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}
+    run = run_of(saved_model(model, chat="chatml"), tmp_path / "run")
+    if name is None:
+        with pytest.raises(ExportError, match="how this tokenizer cuts text"):
+            export(run, tmp_path / "out", format="gguf")
+        return
+    export(run, tmp_path / "out", format="gguf")
+    assert gguf.GGUFReader(tmp_path / "out/model.gguf").get_field("tokenizer.ggml.pre").contents() == name
 
 
 @pytest.mark.parametrize("order", ["as merged", "reversed"])
@@ -257,21 +298,11 @@ def test_llama_cpp_itself_answers_with_our_tokens(name: str, tmp_path: Path) -> 
         assert answer == ours.answer
 
 
-def cut_as(pattern: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that cuts text as Qwen2 or Llama 3 does, with the control tokens of ChatML and Llama 3."""
-    plain = byte_level()
-    backend = Tokenizer.from_str(cast(Any, plain.backend_tokenizer).to_str())
-    parts = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<image>"]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=names)
-
-
-QWEN2, LLAMA_3 = PRE_TOKENIZERS
 CHATS: dict[str, tuple[str, Callable[[], PreTrainedTokenizerFast]]] = {
     "chatml, GPT-2": ("chatml", byte_level),
     "chatml, Qwen2": ("chatml", lambda: cut_as(QWEN2)),
-    "llama_3": ("llama_3", lambda: cut_as(LLAMA_3)),
+    "llama_3": ("llama_3", lambda: cut_as(LLAMA_3, whole=True)),
+    "llama_3, merging all": ("llama_3", lambda: cut_as(LLAMA_3)),
     "vicuna_v1, always": ("vicuna_v1", lambda: metaspace("always")),
     "vicuna_v1, prepend": ("vicuna_v1", lambda: metaspace("prepend")),
     "vicuna_v1, never": ("vicuna_v1", lambda: metaspace("never")),
