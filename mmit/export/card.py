@@ -131,10 +131,17 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
             return text
         if any(CLIP_DEFECT in line for line in targets(saved.assembly)):
             text += f"\n\nllama.cpp reads this mmproj, but {CLIP_DEFECT}."
-        return text + (
+        text += (
             f"\n\nllama.cpp itself fits a picture that is no square of {saved.fit.side} pixels, by padding it with the "
             f"mean colour of CLIP; this model was trained on pictures fitted by `{saved.fit.policy}`."
         )
+        before = saved.chat.text.prefix
+        if before("x", "start") and not before(" x", "start"):
+            text += (
+                "\n\nPut pictures at the beginning of a message: behind one, llama.cpp reads a text that begins with a "
+                "space, that of the chat format too, with one space more than this model was trained on."
+            )
+        return text
     if format == "mmit":
         return '```python\nimport mmit\n\nmodel = mmit.load("PATH")\n```' + _needs(saved.record["sources"])
     if saved.fit is None:

@@ -45,6 +45,7 @@ TEXT: dict[str, dict[str, Any]] = {
     "llama": {"language": {"random": WIDE}},
     "llama, tied": {"language": {"random": WIDE | {"tie_word_embeddings": True}}},
     "qwen2": {"language": {"random": WIDE | {"model_type": "qwen2"}}},
+    "qwen2, tied": {"language": {"random": WIDE | {"model_type": "qwen2", "tie_word_embeddings": True}}},
     "mistral": {"language": {"random": WIDE | {"model_type": "mistral", "sliding_window": None}}},
 }
 SEEING = {"language": {"random": WIDE}, "vision": TOWERS["open_clip"]}
@@ -132,6 +133,14 @@ def test_where_spaces_go_before_texts_is_said_or_refused(scheme: str, space: boo
     export(run, tmp_path / "out", format="gguf")
     reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
     assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() == space
+
+
+@pytest.mark.parametrize(("scheme", "told"), [("always", True), ("prepend", False), ("never", False)])
+def test_the_card_says_where_llama_cpp_puts_a_space_too_many(scheme: str, told: bool, tmp_path: Path) -> None:
+    metaspace(scheme).save_pretrained(tmp_path / "tokenizer")
+    model = SIGLIP | {"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}
+    export(run_of(saved_model(model, chat="vicuna_v1"), tmp_path / "run"), tmp_path / "out", format="gguf")
+    assert ("one space more" in (tmp_path / "out/README.md").read_text(encoding="utf-8")) == told
 
 
 def cut_as(steps: str | list[Any], *, whole: bool = False) -> PreTrainedTokenizerFast:
@@ -339,7 +348,7 @@ def test_llama_cpp_itself_puts_pictures_where_we_do(name: str, tmp_path: Path) -
     """Their tokens among the prompt's; it is given a marker in the text for each, as its programs do.
 
     What follows a picture and begins with a space differs for a Metaspace that is `always` there: it puts no second
-    space, llama.cpp does. The third conversation has such places.
+    space, llama.cpp does, and the card says so. The third conversation has such places.
     """
     mtmd = pytest.importorskip("llama_cpp.mtmd_cpp", exc_type=ImportError)
     chat, tokenizer = CHATS[name]
