@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
@@ -68,22 +69,37 @@ def role_of(name: Any, where: str, named: Mapping[str, Role] | None = None) -> R
 
 
 def conversation_of(value: Any, where: str) -> list[Any]:
-    """A list of turns, also when it was stored as a string: JSON, or a Python literal as some uploads hold."""
+    """A list of turns, also when it was stored as a string."""
+    turns = list_of(value, where, "conversation", "turns")
+    if not turns:
+        raise SampleError(f"{where}: the conversation is empty; give it at least one answer")
+    return turns
+
+
+def list_of(value: Any, where: str, name: str, items: str) -> list[Any]:
+    """A list, also when it was stored as a string: JSON, or a Python literal as some uploads hold."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
+            if BESIDE.search(value):
+                raise SampleError(
+                    f"{where}: the {name} is a string in which texts stand beside each other without a comma, as numpy "
+                    f"prints them: {value[:60]!r}; save it as JSON"
+                ) from None
             try:
                 value = ast.literal_eval(value)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 raise SampleError(
-                    f"{where}: the conversation is a string that is neither JSON nor a Python literal: {value[:60]!r}"
+                    f"{where}: the {name} is a string that is neither JSON nor a Python literal: {value[:60]!r}"
                 ) from None
     if not isinstance(value, list):
-        raise SampleError(f"{where}: the conversation is a {type(value).__name__}; write a list of turns")
-    if not value:
-        raise SampleError(f"{where}: the conversation is empty; give it at least one answer")
+        raise SampleError(f"{where}: the {name} is a {type(value).__name__}; write a list of {items}")
     return value
+
+
+BESIDE = re.compile(r"""^\[(?:'[^'\\]*'|"[^"\\]*")\s+['"]""")
+"""Python would join such texts into one."""
 
 
 def valued_turns(
@@ -409,9 +425,10 @@ def asked_about(
     return sample_of(turns, images=pictures, meta=meta, where=where, strip=strip)
 
 
-def most_common(answers: Sequence[Any], where: str) -> str:
+def most_common(answers: Any, where: str) -> str:
     """The answer given most often, of several the first given; VQA sets hold ten people's."""
-    texts = [text_of(answer["answer"] if isinstance(answer, dict) else answer, where) for answer in answers]
+    listed = list_of(answers, where, "list of answers", "answers")
+    texts = [text_of(answer["answer"] if isinstance(answer, dict) else answer, where) for answer in listed]
     if not texts:
         raise SampleError(f"{where}: the list of answers is empty")
     return max(texts, key=texts.count)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, records, text_field
-from data_tools.turns import asked_about, most_common, named_by, text_of
+from data_tools.turns import asked_about, list_of, most_common, named_by, text_of
 from mmit.data.sample import Sample, SampleError
 
 
@@ -30,13 +30,15 @@ def samples(
         if answer == "direct":
             said = most_common(field(row, "direct_answers"), row.where)
         else:
-            choices, right = field(row, "choices"), field(row, "correct_choice_idx")
+            choices = list_of(field(row, "choices"), row.where, "list of choices", "texts")
+            right = field(row, "correct_choice_idx")
             if not isinstance(right, int) or not 0 <= right < len(choices):
                 raise SampleError(f"{row.where}: correct_choice_idx {right!r} is none of the {len(choices)} choices")
             question = f"{question}\nOptions: {', '.join(choices)}"
             said = text_of(choices[right], row.where)
             if answer == "rationale":
-                said = f"{text_of(field(row, 'rationales')[0], row.where)}\nThe answer is {said}."
+                told = list_of(field(row, "rationales"), row.where, "list of rationales", "texts")
+                said = f"{text_of(told[0], row.where)}\nThe answer is {said}."
         shown = fields(row).get("image")
         image_id = int(field(row, "image_id")) if shown is None else None
         picture = album.picture(shown if shown is not None else named_by(image_name, image_id=image_id), row.where)

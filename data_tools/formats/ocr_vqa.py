@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, member_rows
-from data_tools.turns import asked_about, text_of
+from data_tools.turns import asked_about, list_of, text_of
 from mmit.data.sample import Sample, SampleError
 
 SPLITS = {"train": 1, "val": 2, "test": 3, "all": 0}
@@ -21,7 +21,8 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        questions, answers = field(row, "questions"), field(row, "answers")
+        questions = list_of(field(row, "questions"), row.where, "list of questions", "texts")
+        answers = list_of(field(row, "answers"), row.where, "list of answers", "texts")
         if len(questions) != len(answers):
             raise SampleError(f"{row.where}: {len(questions)} questions but {len(answers)} answers")
         ending = Path(str(record.get("imageURL", ""))).suffix or ".jpg"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_tools.album import Album
 from data_tools.rows import Rejected, Row, each, field, fields, json_document, records, row_at, text_field
-from data_tools.turns import asked_about
+from data_tools.turns import asked_about, list_of
 from mmit.config import ConfigError
 from mmit.data.sample import Sample, SampleError
 
@@ -36,7 +36,8 @@ def samples(
 
     def sample(row: Row) -> Sample:
         record = fields(row)
-        choices, answer = field(row, "choices"), field(row, "answer")
+        choices = list_of(field(row, "choices"), row.where, "list of choices", "texts")
+        answer = field(row, "answer")
         if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(LETTERS):
             raise SampleError(f"{row.where}: answer {answer!r} is none of the {len(choices)} choices")
         hint = f"Context: {record['hint']}\n" if record.get("hint") else ""

@@ -372,6 +372,43 @@ def test_a_copy_that_an_editor_hid_in_a_folder_gives_no_rows(run: Converter, tmp
     assert detect(tmp_path / "in") == "alpaca"
 
 
+AOKVQA = {"image": "0.png", "question": "q", "choices": ["x", "y"], "correct_choice_idx": 1, "rationales": ["r"]}
+
+
+@pytest.mark.parametrize("stored", [list, str, json.dumps])
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("direct", "y"), ("choice", "y"), ("rationale", "r\nThe answer is y.")]
+)
+def test_lists_that_a_table_holds_as_texts_are_lists(
+    run: Converter, photos: Path, stored: Any, answer: str, expected: str
+) -> None:
+    """The A-OKVQA of the hub holds its answers as "['y', 'x', 'y']"; the letter given most often was learned."""
+    row = AOKVQA | {key: stored(AOKVQA[key]) for key in ("choices", "rationales")}
+    row["direct_answers"] = stored(["y", "x", "y"])
+    (sample,) = run("a-okvqa", [row], photos, answer=answer)
+    assert sample.messages[1].text == expected
+
+
+def test_a_list_as_numpy_prints_it_is_rejected_and_not_joined(run: Converter, photos: Path) -> None:
+    with pytest.raises(RejectedRows, match="as numpy prints them"):
+        run("a-okvqa", [AOKVQA | {"direct_answers": "['a' 'b']"}], photos)
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("scienceqa", {"question": "q", "choices": "ab", "answer": 1}),
+        ("a-okvqa", AOKVQA | {"direct_answers": "yes"}),
+        ("a-okvqa", AOKVQA | {"direct_answers": 3}),
+    ],
+)
+def test_a_text_where_a_list_belongs_is_not_taken_letter_by_letter(
+    run: Converter, photos: Path, format: str, row: dict[str, Any]
+) -> None:
+    with pytest.raises(RejectedRows, match="the list of"):
+        run(format, [row], photos)
+
+
 # DICOM ---------------------------------------------------------------------------------------------------------------
 
 
