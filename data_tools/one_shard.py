@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.album import MissingPicture, develop
+from data_tools.album import MissingPicture, Unread, develop, read
 from data_tools.finished import read_record, record_of, shard_in, write_whole
 from data_tools.holders import opened
 from data_tools.looks import printed
 from data_tools.plan import Settings, plain_name
 from data_tools.rows import Placed, Rejected
 from data_tools.turns import stripped
+from mmit.data.images import header
 from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart
 from mmit.data.shard_index import WrittenShard
 from mmit.data.shard_writer import Stored, shard_name, stored, write_shard
@@ -104,15 +105,23 @@ def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) 
     if fewer:
         sample = _without(sample, {n for n, picture in enumerate(pictures) if picture is None}, where)
     ready = stored(replace(sample, images=tuple(kept)), where)
-    _check_boxes(ready.sample, where)
+    _check_boxes(ready.sample, item, where)
     return ready, fewer
 
 
-def _check_boxes(sample: Sample, where: str) -> None:
+def _check_boxes(sample: Sample, found: Sample, where: str) -> None:
     """Corners read as width and height, or boxes of another size of the picture, would else be clipped silently.
 
-    Real boxes reach a little over the edge; a tenth of the side is no accident.
+    Real boxes reach a little over the edge; a tenth of the side is no accident. Of a picture that its EXIF turns (in
+    the sample as it was `found`) nobody knows whether the boxes were drawn before or after.
     """
+    boxed = {part.image for item in found.messages for part in item.parts if isinstance(part, BoxPart)}
+    for picture in (found.images[number] for number in sorted(boxed)):
+        if isinstance(picture, Unread) and header(read(picture), where).orientation != 1:
+            raise SampleError(
+                f"{where}: {picture.name or 'the picture'} has boxes and is turned by its EXIF, so they may be of the "
+                f"pixels before or after; save it turned and without EXIF, with its boxes in those pixels"
+            )
     for part in (part for item in sample.messages for part in item.parts if isinstance(part, BoxPart)):
         shown = sample.images[part.image]
         across = max(-part.left, part.right - shown.width) / shown.width

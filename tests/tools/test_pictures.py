@@ -10,13 +10,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from data_tools.album import Album, develop, read, unread, without_metadata
-from data_tools.convert import Settings, convert
+from data_tools.convert import RejectedRows, Settings, convert
 from data_tools.quality.pictures import prints_of
 from data_tools.quality.subset import silent
 from mmit.data.images import decode
 from mmit.data.sample import SampleError
 from mmit.data.shards import ShardSet, verify
-from tests.tools.conftest import picture_bytes
+from tests.tools.conftest import Converter, picture_bytes
 from tests.tools.test_convert import rows_with
 
 CANARY = "canary-37.7749N"
@@ -210,3 +210,19 @@ def test_a_bomb_is_refused_from_its_header() -> None:
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with pytest.raises(SampleError, match="pixels"):
         develop(unread(data + picture_bytes()[33:], "p"), "p")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("keep", [False, True])
+def test_boxes_on_a_picture_that_its_exif_turns_are_refused(
+    run: Converter, tmp_path: Path, orientation: int, keep: bool
+) -> None:
+    """Nobody knows whether they were drawn before or after the turn."""
+    (tmp_path / "0.jpg").write_bytes(picture_bytes(kind="JPEG", size=(20, 20), exif=exif(orientation)))
+    row = {"image": "0.jpg", "bbox": [1, 2, 6, 4], "sentences": [{"sent": "s"}]}
+    settings = Settings(keep_metadata=keep)
+    if orientation == 1:
+        assert run("refcoco", [row], tmp_path, settings=settings)
+        return
+    with pytest.raises(RejectedRows, match=r"0\.jpg has boxes and is turned by its EXIF"):
+        run("refcoco", [row], tmp_path, settings=settings)
