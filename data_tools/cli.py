@@ -22,7 +22,8 @@ app = typer.Typer(
     help="Convert data sets into shards, and look at them. `mmit-data formats` lists what can be read.",
 )
 
-USER_FAULT, DATA_FAULT = 2, 3
+USER_FAULT, DATA_FAULT, INTERRUPTED = 2, 3, 130
+RESUMABLE = ("convert", "merge", "filter", "dedup", "decontaminate", "scan")
 
 
 @app.command()
@@ -496,6 +497,11 @@ def main() -> None:
             raise
         print(f"mmit-data: {error}", file=sys.stderr)
         sys.exit(USER_FAULT if isinstance(error, ConfigError) else DATA_FAULT)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            goes_on = len(sys.argv) > 1 and sys.argv[1] in RESUMABLE
+            print(f"mmit-data: interrupted{'; the same command goes on where it stopped' * goes_on}", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: no fault of ours
     except OSError as error:

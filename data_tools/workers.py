@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -13,6 +14,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from itertools import chain, islice
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from typing import Any, TypeVar
 
 from mmit.data.images import reuse_memory
@@ -53,8 +56,7 @@ class _Beside:
     """The other processes. Until they are up, the one that deals does all the work."""
 
     def __init__(self, number: int, preload: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([preload])
+        context = _quiet_server(preload)
         self.number = number
         self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
         self._starting = ThreadPoolExecutor(1)
@@ -70,6 +72,20 @@ class _Beside:
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self._starting.shutdown(wait=True)
+
+
+def _quiet_server(module: str) -> ForkServerContext:
+    """Where processes come from that have imported the module; Ctrl-C while it does so prints no traceback of its
+    own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    return context
 
 
 def _done(result: Result) -> Future[Result]:
@@ -90,6 +106,7 @@ def _result(future: Future[Result]) -> Result:
 
 def leave_with(dealing: int) -> None:
     """Ends this process when the one that deals is gone: a killed conversion leaves nothing running."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # what it has written has no name yet
     gc.freeze()  # the libraries' objects stay; looking through them again and again took a fifth of the time
     reuse_memory()
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -147,3 +149,23 @@ def test_the_readme_names_every_format_and_every_command() -> None:
     assert [name for name in FORMATS if f"convert {name} " not in readme and f"`{name}" not in readme] == []
     commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     assert [name for name in commands if f"{name} " not in readme and f"mmit-data {name}`" not in readme] == []
+
+
+def test_control_c_says_what_goes_on_and_no_worker_says_a_word(photos: Path, tmp_path: Path) -> None:
+    """The terminal sends the signal to all processes of the command."""
+    path = rows_with(photos, 4000)
+    arguments = ["convert", "llava", path, "--images", photos, "--out", tmp_path / "out", "--rows-per-shard", 20]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "data_tools.cli", *map(str, arguments), "--processes", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    while not list((tmp_path / "out").glob("*.tar")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert (running.returncode, said) == (130, "mmit-data: interrupted; the same command goes on where it stopped\n")
