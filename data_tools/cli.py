@@ -261,7 +261,8 @@ def grid(
     """Lay pictures with their questions and answers out on one page (PNG)."""
     from data_tools.grid import grid as lay_out
 
-    print(f"{out}: {lay_out(shards, out, count=count, columns=columns, seed=seed)} samples")
+    laid_out, notice = lay_out(shards, out, count=count, columns=columns, seed=seed)
+    print(f"{out}: {laid_out} samples{f'; {notice}' if notice else ''}")
 
 
 @app.command()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.convert import conversion
+from data_tools.lettering import lettering
 from data_tools.mix import in_epoch, weighted
 from data_tools.show import chat_of, plain_box
 from mmit.config import ConfigError
@@ -282,11 +283,13 @@ def _shares(title: str, names: Sequence[str], values: Sequence[int]) -> str:
     figure, axes = _figure()
     # Folders may have the same name, so bars are told apart by their place.
     bars = axes.barh(range(len(shown)), [value for _, value in shown], color="#4477aa")
-    axes.set_yticks(range(len(shown)), [name[:24] for name, _ in shown], fontsize=8, parse_math=False)
+    font = lettering("".join(name for name, _ in shown))
+    told = [font.drawn(name[:24]) for name, _ in shown]
+    axes.set_yticks(range(len(shown)), told, fontsize=8, parse_math=False, fontfamily=font.families)
     axes.bar_label(bars, [f" {value / (sum(values) or 1):.1%}" for _, value in shown], fontsize=8)
     axes.margins(x=0.18)
     axes.invert_yaxis()
-    return _png(figure, axes, title)
+    return _png(figure, axes, font.drawn(title))
 
 
 def _counted(title: str, counts: Mapping[int, int]) -> str:
@@ -315,8 +318,8 @@ def _scatter(sizes: Sequence[tuple[int, int]]) -> str:
     """At most 5,000 points, taken evenly."""
     figure, axes = _figure()
     axes.scatter(*zip(*sizes[:: -(-len(sizes) // 5000)], strict=True), s=6, alpha=0.4, color="#4477aa")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, 1.05 * max(width for width, _ in sizes))
+    axes.set_ylim(0, 1.05 * max(height for _, height in sizes))
     axes.set_xlabel("width", fontsize=8)
     axes.set_ylabel("height", fontsize=8)
     return _png(figure, axes, "picture sizes in pixels")

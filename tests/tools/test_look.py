@@ -13,6 +13,7 @@ from PIL import Image
 from data_tools.cli import main
 from data_tools.convert import Settings, convert
 from data_tools.grid import grid
+from data_tools.lettering import lettering, wrapped
 from data_tools.mix import mix, table
 from data_tools.show import page
 from data_tools.stats import epoch, measure, packed_rows, report, summary
@@ -71,7 +72,7 @@ def test_the_epoch_that_stats_tells_is_the_sum_of_its_weighted_sets(shards: Path
 
 
 def test_a_page_of_pictures_is_the_same_each_time(shards: Path, tmp_path: Path) -> None:
-    assert grid(shards, tmp_path / "a.png", count=6, columns=3) == 6
+    assert grid(shards, tmp_path / "a.png", count=6, columns=3) == (6, "")
     grid(shards, tmp_path / "b.png", count=6, columns=3)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
@@ -82,7 +83,7 @@ def test_letters_of_no_font_here_are_no_fault(photos: Path, tmp_path: Path) -> N
     turns = [{"from": "human", "value": "<image>这是什么? \U000f0000"}, {"from": "gpt", "value": "🙂 $x$ แมว"}]
     (tmp_path / "in.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
     convert("llava", tmp_path / "in.json", photos, tmp_path / "set")
-    assert grid(tmp_path / "set", tmp_path / "a.png") == 1
+    assert grid(tmp_path / "set", tmp_path / "a.png")[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,32 @@ def test_packing_needs_no_more_than_the_bound_and_no_less_than_the_sum(lengths: 
     # First-fit decreasing: at most 11/9 of the best packing and 6/9 (Dosa 2007); the best is at least the sum.
     assert -(-sum(cut) // capacity) <= rows <= len(lengths)
     assert rows <= 11 / 9 * max(len([c for c in cut if c > capacity / 2]), 2 * sum(cut) / capacity + 1) + 6 / 9
+
+
+def test_letters_are_drawn_by_whichever_font_has_them_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.font_manager import FontEntry, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    entries = {entry.name: entry for entry in fontManager.ttflist if entry.style == "normal"}
+    usual, other = (set(FT2Font(entries[name].fname).get_charmap()) for name in ("DejaVu Sans", "STIXGeneral"))
+    only = next(chr(letter) for letter in sorted(other - usual) if chr(letter).isprintable())
+    listed = [entries["DejaVu Sans"], FontEntry(fname=entries["STIXGeneral"].fname, name="Somebody's")]
+    monkeypatch.setattr(fontManager, "ttflist", listed)
+    assert lettering("plain").families == ["DejaVu Sans"]
+    font = lettering(f"a{only}\U0001f9ff\n")
+    assert font.families == ["DejaVu Sans", "Somebody's"]
+    assert font.drawn(f"a{only}\U0001f9ff") == f"a{only}?"
+    assert "has 1 letters" in font.notice
+
+
+def test_lines_break_between_words_and_between_chinese_letters() -> None:
+    assert wrapped("the cat sat on the mat", 8, most=9) == ["the cat", "sat on", "the mat"]
+    assert wrapped("the cat sat on the mat", 8, most=2) == ["the cat", "sat on ..."]
+    assert wrapped("Q: " + "\u732b" * 6, 8, most=9) == ["Q: \u732b\u732b", "\u732b" * 4]
+    assert wrapped("a" * 20, 8, most=9) == ["a" * 8, "a" * 8, "a" * 4]
+
+
+def test_letters_that_no_font_has_are_told_once() -> None:
+    font = lettering("\U0001f9ff\U0001f9ff")
+    assert font.drawn("a\U0001f9ff") == "a?", "no box of a font of last resort"
+    assert "has 1 letters" in font.notice
