@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.byte_tokenizer import byte_tokenizer
+from mmit.data.sample import ImagePart, TextPart
 from mmit.export import verify, write
 from mmit.export.llava import ExportError
 from mmit.export.processor import processor
@@ -180,42 +181,85 @@ def test_a_template_without_bos_is_kept_for_a_tokenizer_that_would_add_one(tmp_p
         assert processed(speaker, conversation)["input_ids"][0].tolist() == ours.tolist()
 
 
-BOTH = ("weight", "bias")
-CLIP_BLOCK = (
+def both(*modules: str) -> set[str]:
+    return {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+
+
+def below(prefix: str, names: set[str]) -> set[str]:
+    return {prefix + name for name in names}
+
+
+def blocks(prefix: str, count: int, names: set[str]) -> set[str]:
+    return {f"{prefix}.{number}.{name}" for number in range(count) for name in names}
+
+
+PROJECTOR = below("multi_modal_projector.", both("linear_1", "linear_2"))
+ATTENTION = {f"self_attn.{letter}_proj.weight" for letter in "qkvo"}
+LLAMA_BLOCK = ATTENTION | {
+    *("input_layernorm.weight", "post_attention_layernorm.weight"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+}
+QWEN2_BLOCK = LLAMA_BLOCK | {f"self_attn.{letter}_proj.bias" for letter in "qkv"}
+AROUND = {"model.embed_tokens.weight", "model.norm.weight"}
+LLAMA_NAMES = AROUND | blocks("model.layers", 2, LLAMA_BLOCK)
+HEAD = {"lm_head.weight"}
+CLIP_BLOCK = both(
     *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
 )
-LLAMA_BLOCK = (
-    *("input_layernorm", "post_attention_layernorm"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-)
+CLIP_AROUND = {
+    *("embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"),
+    *both("pre_layrnorm", "post_layernorm"),
+}
+SIGLIP = {
+    *both("embeddings.patch_embedding", "post_layernorm", "head.layernorm", "head.mlp.fc1", "head.mlp.fc2"),
+    *("embeddings.position_embedding.weight", "head.probe"),
+    *("head.attention.in_proj_weight", "head.attention.in_proj_bias", *both("head.attention.out_proj")),
+    *blocks("encoder.layers", 3, CLIP_BLOCK),
+}
+DINOV2_BLOCK = {
+    *both("norm1", "norm2", "mlp.fc1", "mlp.fc2", "attention.output.dense"),
+    *both(*(f"attention.attention.{name}" for name in ("query", "key", "value"))),
+    *("layer_scale1.lambda1", "layer_scale2.lambda1"),
+}
+DINOV2 = {
+    *(f"embeddings.{name}" for name in ("cls_token", "mask_token", "position_embeddings")),
+    *both("embeddings.patch_embeddings.projection", "layernorm"),
+    *blocks("encoder.layer", 3, DINOV2_BLOCK),  # transformers 5.0 to 5.10 draw at random what is named otherwise
+}
+NAMES = {
+    "CLIP + llama": PROJECTOR
+    | below("vision_tower.vision_model.", CLIP_AROUND | blocks("encoder.layers", 3, CLIP_BLOCK))
+    | below("language_model.", LLAMA_NAMES | HEAD),
+    "SigLIP + qwen2, tied": PROJECTOR
+    | below("vision_tower.vision_model.", SIGLIP)
+    | below("language_model.", AROUND | blocks("model.layers", 2, QWEN2_BLOCK)),
+    "open_clip ViT + llama, tied": PROJECTOR
+    | below("vision_tower.vision_model.", CLIP_AROUND | blocks("encoder.layers", 4, CLIP_BLOCK))
+    | below("language_model.", LLAMA_NAMES),
+    "DINOv2 + llama": PROJECTOR | below("vision_tower.", DINOV2) | below("language_model.", LLAMA_NAMES | HEAD),
+    "text only": LLAMA_NAMES | HEAD,
+}
+"""As the files of llava-hf, of the LLMs and of the towers on the Hub are named."""
 
 
-def test_the_names_of_the_exported_tensors_are_those_that_others_read(tmp_path: Path) -> None:
-    export(run_of(saved_model(MODELS["open_clip ViT + llama, tied"]), tmp_path / "run"), tmp_path / "out")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_names_of_the_exported_tensors_are_those_that_others_read(name: str, tmp_path: Path) -> None:
+    export(run_of(saved_model(MODELS[name]), tmp_path / "run"), tmp_path / "out")
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == NAMES[name]
+
+
+@PEFT
+def test_the_names_of_a_kept_adapter_are_those_of_peft_around_llava(tmp_path: Path) -> None:
+    export(run_of(saved_model(CLIP, lora=LORA), tmp_path / "run"), tmp_path / "out", adapter=True)
+    with safe_open(tmp_path / "out/adapter/adapter_model.safetensors", framework="pt") as file:
         names = set(file.keys())
-    assert {name for name in names if not re.search(r"\.layers\.[123]\.", name)} == {
-        "vision_tower.vision_model.embeddings.class_embedding",
-        "vision_tower.vision_model.embeddings.patch_embedding.weight",
-        "vision_tower.vision_model.embeddings.position_embedding.weight",
-        *(f"vision_tower.vision_model.{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in BOTH),
-        *(f"vision_tower.vision_model.encoder.layers.0.{part}.{kind}" for part in CLIP_BLOCK for kind in BOTH),
-        *(f"multi_modal_projector.linear_{number}.{kind}" for number in (1, 2) for kind in BOTH),
-        "language_model.model.embed_tokens.weight",
-        "language_model.model.norm.weight",
-        *(f"language_model.model.layers.0.{part}.weight" for part in LLAMA_BLOCK),
-    }
-
-
-def test_dinov2_keeps_the_names_of_the_hub(tmp_path: Path) -> None:
-    """transformers 5.0 to 5.10 find these alone, and draw at random what they do not find."""
-    export(run_of(saved_model(MODELS["DINOv2 + llama"]), tmp_path / "run"), tmp_path / "out")
+    adapted = {name.removesuffix(".weight") for name in LLAMA_BLOCK if "_proj" in name}
+    matrices = {f"{name}.lora_{letter}.weight" for name in adapted for letter in "AB"}
+    assert names == blocks("base_model.model.model.language_model.layers", 2, matrices)
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
-        names = {name for name in file.keys() if ".layer.0.attention." in name}  # noqa: SIM118
-    linears = ("attention.query", "attention.key", "attention.value", "output.dense")
-    assert names == {f"vision_tower.encoder.layer.0.attention.{linear}.{kind}" for linear in linears for kind in BOTH}
+        assert set(file.keys()) == NAMES["CLIP + llama"]
 
 
 def test_a_block_above_the_last_passes_its_input_on(tmp_path: Path) -> None:
@@ -229,7 +273,9 @@ def test_a_block_above_the_last_passes_its_input_on(tmp_path: Path) -> None:
 
 
 WITHOUT_MMIT = """
+    import json
     import sys
+    from pathlib import Path
 
     class Forbidden:
         def find_spec(self, name, path=None, target=None):
@@ -238,28 +284,84 @@ WITHOUT_MMIT = """
 
     sys.meta_path.insert(0, Forbidden())
     import torch
+    from peft import PeftModel
     from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
-    processor = AutoProcessor.from_pretrained(sys.argv[1])
-    content = [{"type": "image", "image": Image.new("RGB", (50, 30))}, {"type": "text", "text": "What is this?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    )
-    answer = model.generate(**inputs, max_new_tokens=4)
-    print(type(model).__name__, type(processor).__name__, answer.shape[1] - inputs["input_ids"].shape[1])
+    def opened(content, folder):
+        if isinstance(content, str):
+            return content
+        return [part | {"image": Image.open(folder / part["image"])} if "image" in part else part for part in content]
+
+    for folder in sorted(Path(sys.argv[1]).iterdir()):
+        asked = json.loads((folder / "asked.json").read_text())
+        logits = load_file(folder / "logits.safetensors")
+        sees = (folder / "out/processor_config.json").exists()
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(folder / "out", dtype=torch.float32)
+        if (folder / "out/adapter").exists():
+            model = PeftModel.from_pretrained(model, folder / "out/adapter")
+        speaker = (AutoProcessor if sees else AutoTokenizer).from_pretrained(folder / "out")
+        gap = 0.0
+        for number, item in enumerate(asked):
+            inputs = speaker.apply_chat_template(
+                [{"role": role, "content": opened(content, folder)} for role, content in item["messages"]],
+                add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            )
+            ids = inputs["input_ids"][0].tolist()
+            assert ids == item["ids"], (folder.name, number, ids, item["ids"])
+            ours = logits[str(number)]
+            with torch.no_grad():
+                theirs = model(**inputs, logits_to_keep=len(ours)).logits[0]
+            gap = max(gap, float((ours - theirs).abs().max()))
+            answer = model.generate(**inputs, max_new_tokens=12)[0, len(ids):].tolist()
+            assert answer == item["answer"], (folder.name, number, answer, item["answer"])
+        assert gap <= 1e-5, (folder.name, gap)
+        print(folder.name, len(asked))
 """
+KINDS = {name: (model, None, False) for name, model in MODELS.items()} | {
+    "LoRA merged": (CLIP, LORA, False),
+    "LoRA kept": (CLIP, LORA, True),
+}
 
 
-def test_it_loads_and_answers_where_mmit_cannot_be_imported(tmp_path: Path) -> None:
-    export(run_of(saved_model(MODELS["open_clip ViT + llama, tied"]), tmp_path / "run"), tmp_path / "out")
-    script = textwrap.dedent(WITHOUT_MMIT)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.stdout.split() == ["LlavaForConditionalGeneration", "LlavaProcessor", "4"], done.stderr[-2000:]
+def write_figures(saved: Saved, folder: Path) -> int:
+    """What the model says to conversations, in files that ask for no code of ours; returns how many there are."""
+    asked, logits = [], {}
+    for number, conversation in enumerate(verify.probes(saved)):
+        for place, picture in enumerate(conversation.pictures):
+            (folder / f"{number}-{place}.png").write_bytes(picture)
+        messages = []
+        for item in conversation.messages:
+            parts = [
+                {"type": "image", "image": f"{number}-{part.image}.png"}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": cast(TextPart, part).text}
+                for part in item.parts
+            ]
+            messages.append((item.role, parts if any("image" in part for part in parts) else item.text))
+        ours = verify.said(saved, conversation)
+        asked.append({"messages": messages, "ids": ours.ids, "answer": ours.answer})
+        logits[str(number)] = ours.logits.contiguous()
+    (folder / "asked.json").write_text(json.dumps(asked))
+    save_file(logits, folder / "logits.safetensors")
+    return len(asked)
+
+
+@PEFT
+def test_ids_logits_and_greedy_tokens_are_ours_where_mmit_cannot_be_imported(tmp_path: Path) -> None:
+    expected = []
+    for name, (model, lora, adapter) in sorted(KINDS.items()):
+        run, folder = tmp_path / f"run of {name}", tmp_path / "kinds" / name
+        folder.mkdir(parents=True)
+        run_of(saved_model(model, lora=lora), run)
+        export(run, folder / "out", adapter=adapter)
+        expected.append(f"{name} {write_figures(load_saved(run), folder)}")
+        shutil.rmtree(run)
+    command = [sys.executable, "-I", "-c", textwrap.dedent(WITHOUT_MMIT), str(tmp_path / "kinds")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.splitlines() == expected, done.stderr[-2000:]
 
 
 GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 30.0}
