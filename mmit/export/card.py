@@ -182,7 +182,8 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
         text += "\n\nThe markers of its chat format are plain text: a user's text can imitate a turn."
     text += (
         "\n\nPrograms that tokenize a whole prompt take a control token in a user's text for one, unlike mmit. For "
-        "texts of strangers add `sanitize_control_tokens=True` to `apply_chat_template`."
+        "texts of strangers add `sanitize_control_tokens=True` to `apply_chat_template`. They may also join a line "
+        "break at the start of an earlier answer to the one before it, which mmit keeps apart."
     )
     return text
 

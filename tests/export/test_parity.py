@@ -21,10 +21,10 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from mmit import config as schema
 from mmit.config import ConfigError
 from mmit.data.byte_tokenizer import byte_tokenizer
-from mmit.data.sample import ImagePart, TextPart
+from mmit.data.sample import ImagePart, TextPart, message
 from mmit.export import verify, write
 from mmit.export.llava import ExportError
-from mmit.export.processor import processor
+from mmit.export.processor import processor, speaking_tokenizer
 from mmit.export.verify import Conversation, load_export, processed, rendered
 from mmit.export.write import export, merge
 from mmit.inference.conversation import Conversation as Asked
@@ -157,6 +157,19 @@ def test_the_exported_processor_gives_our_ids_with_histories(
     for conversation in conversations(count):
         ours, _ = rendered(saved, conversation)
         assert processed(speaker, conversation)["input_ids"][0].tolist() == ours.tolist()
+
+
+@pytest.mark.parametrize("edges", ["\n{}", "\n\n{}", "{}\n", "{}\n\n", " {} ", "\t{}\t"])
+def test_whitespace_at_the_edges_of_texts_gives_our_ids_too(edges: str, tmp_path: Path) -> None:
+    """But before an earlier answer: whole strings join it to the marker's line break, where the prompt must end."""
+    byte_level().save_pretrained(tmp_path)
+    saved = saved_model({"language": {"random": LLAMA, "tokenizer": str(tmp_path)}}, chat="chatml")
+    speaker = speaking_tokenizer(saved)
+    edged = edges.format("what is")
+    messages = [message("system", edged), message("user", edged), message("assistant", edged.lstrip())]
+    conversation = Conversation((*messages, message("user", edged)))
+    ours, _ = rendered(saved, conversation)
+    assert processed(speaker, conversation)["input_ids"][0].tolist() == ours.tolist()
 
 
 def test_a_template_without_bos_is_kept_for_a_tokenizer_that_would_add_one(tmp_path: Path) -> None:
@@ -505,7 +518,7 @@ def test_the_template_of_the_export_marks_what_was_learned(tmp_path: Path) -> No
     found = speaker.tokenizer.apply_chat_template(
         messages, chat_template=speaker.chat_template, return_dict=True, return_assistant_tokens_mask=True
     )
-    from mmit.data.sample import Sample, message
+    from mmit.data.sample import Sample
 
     ours = saved.chat.render(Sample("k", "s", (message("user", "Hi"), message("assistant", "Hello."))), [])
     assert found["input_ids"] == ours.ids.tolist()
