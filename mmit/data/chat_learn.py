@@ -82,6 +82,8 @@ TURNS = tuple(
 def _extract(render: Render, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFormat, tuple[str, str]]:
     """The strings found around known words; and what follows the last answer in the format and in the template."""
     full, asked, unasked = render(TURNS), render(TURNS[:1], prompt=True), render(TURNS[:1])
+    if not any(word in full.lower() for word in (*USERS, *ANSWERS)):  # as LLaVA-1.5's on the Hub, which has no stop
+        raise _Inexpressible("it reads messages as lists of parts alone, and writes nothing of a plain text")
     if DATE in _renderer(tokenizer, before=CLOCK)(TURNS, prompt=True):
         raise _Inexpressible("it writes today's date, so a sample would give other ids tomorrow")
     head, *between, end = _around(full, [item.text for item in TURNS])

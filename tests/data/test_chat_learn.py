@@ -187,6 +187,11 @@ REFUSED = {
     "a refusal": ("{{ raise_exception('never') }}", "refuses a conversation of user, assistant.*never"),
     "a fault in the template": ("{{ messages[0].content + 1 }}", "refuses a conversation"),
     "a syntax error": ("{% if %}", "refuses a conversation"),
+    "parts alone": (
+        "{% for m in messages %}{{ m.role }}: {% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{{ part.text }} {% endfor %}{% endfor %}",
+        "lists of parts alone",
+    ),
     "a dropped message": ("{{ messages[-1].content }}", "drops, repeats or reorders"),
     "a repeated message": (CHATML + "{{ messages[0].content }}", "drops, repeats or reorders"),
     "no end of turn": (
