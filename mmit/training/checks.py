@@ -12,7 +12,8 @@ from mmit.config import ConfigError, Stage
 from mmit.data.loader import Hole, Step
 from mmit.data.packing import Row
 from mmit.data.sample import SampleError
-from mmit.model.build import Assembly
+from mmit.model.build import Assembly, vocabulary_parameters
+from mmit.model.vlm import embedding_table
 from mmit.training import parallel
 from mmit.training.parallel import whole
 from mmit.training.stage import RunningStage
@@ -39,6 +40,12 @@ class Gradients:
         self._accelerator = accelerator
         trained = [(name, p) for name, p in assembly.vlm.named_parameters() if p.requires_grad]
         self._waiting = dict(trained)
+        language = assembly.vlm.language
+        if assembly.lora is not None and assembly.added_tokens and len(vocabulary_parameters(language)) > 1:
+            # Of the embeddings only the rows of added tokens train then, and no step needs to hold one of those. A tied
+            # table gets a gradient as the head.
+            table = embedding_table(language)
+            self._waiting = {name: parameter for name, parameter in trained if parameter is not table}
         self._chances = {"text": 0, "picture": 0}
 
     def check(self, step: Step) -> None:

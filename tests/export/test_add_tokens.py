@@ -77,6 +77,14 @@ def test_beside_a_lora_the_new_rows_train_and_the_old_keep_their_bits(tied: bool
     assert torch.equal(exported, saved.assembly.vlm.language.get_input_embeddings().weight[ids])
 
 
+def test_a_token_that_the_data_never_hold_does_not_stop_the_run(tmp_path: Path) -> None:
+    """Beside a LoRA its row is all that trains of the embeddings, and rows that no step reads get no gradient."""
+    config = config_for(tmp_path, tied=False, lora=True)
+    model = config.model.model_copy(update={"chat": "auto"})
+    final = api.train(config.model_copy(update={"model": model, "stages": [text_stage(config, tmp_path)]}))
+    assert load_saved(final).assembly.added_tokens
+
+
 def text_stage(config: Config, folder: Path) -> schema.Stage:
     """The stage on texts alone."""
     import json
