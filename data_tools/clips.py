@@ -92,8 +92,9 @@ def _decoded(clip: Clip) -> list[tuple[Picture, float]]:
             with av.open(file, "r", container_options=allowed) as container:
                 # Two passes, the first without keeping a picture: headers are often wrong about length and rate.
                 seconds = [float(frame.time or 0.0) for frame in container.decode(container.streams.video[0])]
-            if not seconds:
-                raise SampleError(f"{clip.where}: {clip.name} holds no frame")
+                if not seconds:
+                    raise SampleError(f"{clip.where}: {clip.name} holds no frame")
+                _check_whole(clip, container, seconds)
             chosen = set(spread(len(seconds), _count(seconds, clip.filming)))
             kept: list[tuple[Picture, float]] = []
             file.seek(0)
@@ -112,6 +113,19 @@ def _decoded(clip: Clip) -> list[tuple[Picture, float]]:
         ) from None
     except OSError as error:
         raise SampleError(f"{clip.where}: cannot read {clip.name} ({error.strerror})") from None
+
+
+def _check_whole(clip: Clip, container: Any, seconds: list[float]) -> None:
+    """FFmpeg gives the frames of a cut file as if there were no more. What mp4 and mkv say of their length can be
+    trusted so far that a tenth, and a second, does not go missing."""
+    counted, length = container.streams.video[0].frames, (container.duration or 0) / 1e6
+    there = seconds[-1] - seconds[0]
+    cut = "mp4" in container.format.name and len(seconds) < 0.9 * counted
+    if cut or ("matroska" in container.format.name and there + 1 < 0.9 * length):
+        raise SampleError(
+            f"{clip.where}: {clip.name} is cut: {len(seconds)} frames of {there:.1f} s can be decoded, its header says "
+            f"{f'{counted} frames' if cut else f'{length:.1f} s'}; fetch it again"
+        )
 
 
 def _count(seconds: list[float], filming: Filming) -> int:

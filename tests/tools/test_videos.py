@@ -194,6 +194,30 @@ def test_a_film_gives_the_frames_nearest_the_middles_of_its_stretches(run: Conve
 
 
 @pytest.mark.shared
+@pytest.mark.parametrize(("kind", "more"), [("mp4", {"movflags": "faststart"}), ("matroska", {})])
+def test_a_cut_film_is_rejected_and_not_taken_for_a_short_one(
+    run: Converter, shared: Path, tmp_path: Path, kind: str, more: dict[str, str]
+) -> None:
+    av = pytest.importorskip("av", reason="PyAV is an extra")
+    film = tmp_path / "film"
+    with (
+        av.open(str(shared / "llamafactory" / "mllm_demo_data" / "3.mp4")) as source,
+        av.open(str(film), "w", format=kind, options=more) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    rows, whole = [asked("<video>q", videos=["film"])], film.read_bytes()
+    assert len(run("messages", rows, tmp_path)[0].images) == 8
+    for share in (0.3, 0.5, 0.75):
+        film.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(RejectedRows, match=r"film is cut|cannot be decoded"):
+            run("messages", rows, tmp_path)
+
+
+@pytest.mark.shared
 def test_real_video_rows_of_xtuner_are_read(run: Converter, shared: Path, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="PyAV is an extra")
     path = shared / "xtuner" / "mllm_sft_video_example_data.jsonl"
