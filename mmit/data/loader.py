@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -74,6 +74,9 @@ class Step:
     def supervised(self) -> int:
         """Tokens that this rank learns from."""
         return sum(len(row.predicts) for row in self.rows)
+
+    def pin_memory(self) -> Self:
+        return replace(self, rows=tuple(row.pin_memory() for row in self.rows))
 
 
 @dataclass(frozen=True)
@@ -278,8 +281,10 @@ def _shown(example: Example) -> list[bytes]:
     return [example.pictures[picture] for picture in dict.fromkeys(example.spans[:, 2].tolist())]
 
 
-def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120) -> Generator[Step]:
-    """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one).
+def load(
+    steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120, pin: bool = False
+) -> Generator[Step]:
+    """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one); `pin` them for a GPU.
 
     SampleError names what the workers read when one of them dies, or when no step comes for `timeout` seconds.
     """
@@ -293,6 +298,7 @@ def load(steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 
         # A worker may be fetching a tar from far away, and gives up by itself.
         timeout=timeout if workers and not any(encoder.shards.is_remote for encoder in steps.encoders) else 0,
         prefetch_factor=2 if workers else None,
+        pin_memory=pin,
         # Without its own generator, iter(DataLoader) would draw from the global one, and a resumed run would differ.
         generator=torch.Generator(),
         worker_init_fn=_prepare_worker,

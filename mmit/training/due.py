@@ -116,7 +116,8 @@ def _held_out_loss(at: RunningStage) -> tuple[dict[str, Any], list[Hole]] | None
     assert held_out is not None
     sums = torch.zeros(len(at.data.titles), 2, dtype=torch.float64, device=accelerator.device)
     holes: list[Hole] = []
-    steps = load(held_out, 0, held_out.order.steps(0), workers=min(at.config.workers, 1))
+    on_cuda = accelerator.device.type == "cuda"
+    steps = load(held_out, 0, held_out.order.steps(0), workers=min(at.config.workers, 1), pin=on_cuda)
     for step in parallel.together(accelerator, steps):
         holes += step.holes
         for row in step.rows:

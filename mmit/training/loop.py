@@ -82,7 +82,8 @@ def _train_stage(
         if at.progress.evaluation_due:
             do_what_is_due(at)
         clock = time.monotonic()
-        steps = load(at.data.training, at.progress.done, at.data.total, workers=config.workers)
+        on_cuda = accelerator.device.type == "cuda"
+        steps = load(at.data.training, at.progress.done, at.data.total, workers=config.workers, pin=on_cuda)
         for step in parallel.together(accelerator, steps):
             losses = _gradients(at, step, at.stopping)
             if losses is None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from mmit.data.loader import Step
 from mmit.data.packing import IGNORED, Costs, Example, Load, deal, pack
 
 Dealt = list[list[list[int]]]
@@ -248,3 +251,21 @@ def test_a_row_moves_with_all_its_tensors() -> None:
     tensors = {name: value for name, value in vars(row).items() if isinstance(value, torch.Tensor)}
     assert {name for name, value in tensors.items() if value.device.type != "meta"} == set()
     assert len(tensors) == 9
+
+
+def test_torch_pins_a_step_with_all_tensors_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU torch pins nothing, so a copy stands for that here; the rest is what its loader does."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.clone)
+    example = Example(np.arange(4, dtype=np.int32), np.arange(4, dtype=np.int32), np.empty((0, 3), np.int32), 0, "w")
+    row = pack([example], [], [], touch_vision=False)
+    step = Step(number=3, rows=(row,), samples=1, tokens=4, pictures=0, holes=(), cut=0, unlabelled=0)
+    pinned = pin_memory(step)
+    assert isinstance(pinned, Step)
+    assert replace(pinned, rows=step.rows) == step
+    for name, value in vars(row).items():
+        found = vars(pinned.rows[0])[name]
+        if isinstance(value, torch.Tensor):
+            assert found is not value
+            assert torch.equal(found, value), name
+        else:
+            assert found == value, name
