@@ -25,17 +25,18 @@ from data_tools.looks import need_imagehash
 from data_tools.one_shard import WORK, Outcome, one_shard, place_of, recorded
 from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
 from data_tools.rows import Rejected
-from data_tools.workers import in_order
+from data_tools.workers import in_order, server
 from mmit.config import ConfigError, Source
 from mmit.data.provenance import CONVERSION, REJECTED, beside
 from mmit.data.sample import Sample, SampleError
-from mmit.data.shard_index import INDEX, UNFINISHED
-from mmit.data.shard_writer import TAR, TEMPORARY, write_index
+from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter
+from mmit.data.shard_writer import TAR, TEMPORARY
 from mmit.data.shards import ShardSet
 
 PLAN = "plan.json"
 RECORD = re.compile(r"\d{6}\.json")
 MOST_SHARDS = 10**6
+MODULE = "data_tools.convert"
 
 
 COUNTS = ("rows", "samples", "rejected", "missing", "without_pictures")
@@ -72,6 +73,8 @@ def convert(
     plan = plan_of(format, path, options, settings, part, root)
     if not (out / INDEX).exists():
         _refuse_other_files(out)
+        if processes > 1:
+            server(MODULE)  # comes up while the rows are looked at
         _refuse_missing(format, path, root, options, settings, part)
         out.mkdir(parents=True, exist_ok=True)
         with only_writer(out):
@@ -263,7 +266,7 @@ def _outcomes(
             if _ours(number, part):
                 yield number, batch, file, source, settings, out
 
-    return in_order(one_shard, jobs(), processes, preload="data_tools.one_shard")
+    return in_order(one_shard, jobs(), processes, preload=MODULE)
 
 
 # The end: every row accounted for ------------------------------------------------------------------------------
@@ -281,10 +284,9 @@ def _finish(out: Path, plan: dict[str, Any], path: Path, rows: int) -> None:
     summary: dict[str, Any] = {"plan": plan, **dict.fromkeys(COUNTS, 0), "first": []}
     by_shard: dict[int, int] = {}
     temporary = out / f"{REJECTED}.{os.getpid()}.tmp"
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream, IndexWriter(out) as index:
         for outcome in _all_recorded(out):
             summary["rows"] += outcome.rows
-            summary["samples"] += outcome.shard.entry.samples if outcome.shard else 0
             summary["rejected"] += len(outcome.rejected)
             summary["missing"] += outcome.missing
             summary["without_pictures"] += outcome.without_pictures
@@ -293,18 +295,22 @@ def _finish(out: Path, plan: dict[str, Any], path: Path, rows: int) -> None:
                 by_shard[outcome.number] = len(outcome.rejected)
             for item in outcome.rejected:
                 stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-    os.replace(temporary, out / REJECTED)
-    if summary["rows"] != rows:
-        raise SampleError(
-            f"{out}: of {rows} rows only {summary['rows']} are in finished shards: somebody removed or cut a file "
-            f"meanwhile; give the same command again"
-        )
-    if plan["part"] is not None:
-        summary["rejected_by_shard"] = by_shard  # so that `merge` lists them in the order of one run
-    elif summary["samples"] == 0:
-        raise _nothing(path, out, summary)
-    write_whole(out / CONVERSION, json.dumps(summary, indent=1) + "\n")
-    write_index(out, (outcome.shard for outcome in _all_recorded(out) if outcome.shard is not None))
+            if outcome.shard is not None:
+                summary["samples"] += outcome.shard.entry.samples
+                index.add(outcome.shard)
+        stream.close()
+        os.replace(temporary, out / REJECTED)
+        if summary["rows"] != rows:
+            raise SampleError(
+                f"{out}: of {rows} rows only {summary['rows']} are in finished shards: somebody removed or cut a file "
+                f"meanwhile; give the same command again"
+            )
+        if plan["part"] is not None:
+            summary["rejected_by_shard"] = by_shard  # so that `merge` lists them in the order of one run
+        elif summary["samples"] == 0:
+            raise _nothing(path, out, summary)
+        write_whole(out / CONVERSION, json.dumps(summary, indent=1) + "\n")
+        index.finish()
     _tidy(out, summary)
 
 

@@ -23,6 +23,9 @@ from mmit.data.sample import SampleError
 
 Result = TypeVar("Result")
 
+COMMAND = "data_tools.cli"
+"""Imported once for all: each process runs the script of the command again, which imports it."""
+
 
 def in_order(
     work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], processes: int, *, preload: str
@@ -56,7 +59,7 @@ class _Beside:
     """The other processes. Until they are up, the one that deals does all the work."""
 
     def __init__(self, number: int, preload: str) -> None:
-        context = _quiet_server(preload)
+        context = server(preload)
         self.number = number
         self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
         self._starting = ThreadPoolExecutor(1)
@@ -74,11 +77,13 @@ class _Beside:
         self._starting.shutdown(wait=True)
 
 
-def _quiet_server(module: str) -> ForkServerContext:
-    """Where processes come from that have imported the module; Ctrl-C while it does so prints no traceback of its
-    own."""
+def server(module: str) -> ForkServerContext:
+    """Where processes come from that have imported the module, which begins here and is not waited for.
+
+    Ctrl-C while it does so prints no traceback of its own.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload([module, COMMAND])
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
