@@ -23,8 +23,8 @@ from mmit.data.sample import SampleError
 
 Result = TypeVar("Result")
 
-COMMAND = "data_tools.cli"
-"""Imported once for all: each process runs the script of the command again, which imports it."""
+COMMAND = "typer"
+"""Imported once for all: each process runs the script of the command again, and this is what takes time in it."""
 
 
 def in_order(
