@@ -303,8 +303,8 @@ WITHOUT_MMIT = """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     def opened(content, folder):
-        if isinstance(content, str):
-            return content
+        if isinstance(content, str):  # processors of transformers 5.0 read lists alone
+            return [{"type": "text", "text": content}] if sees else content
         return [part | {"image": Image.open(folder / part["image"])} if "image" in part else part for part in content]
 
     for folder in sorted(Path(sys.argv[1]).iterdir()):
