@@ -4,7 +4,7 @@ Converter, trainer, evaluation, chat and server all come through `decode`, so a 
 Pictures are data of strangers: the formats are a short list, sizes are checked in the header before a pixel is
 decoded, and the text of every error is ours.
 
-Pillow and numpy do all of it; without torch the tools of the data start in a fifth of the time.
+Pillow and numpy do all of it: importing torch took each process of a conversion 4 seconds of CPU.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def header(data: bytes, where: str) -> Header:
 
 
 def _plain_jpeg(data: bytes) -> Header | None:
-    """The header of an ordinary JPEG without EXIF, in a fifth of Pillow's time; None for all else, which Pillow judges.
+    """The header of an ordinary JPEG without EXIF, in a ninth of Pillow's time; None for all else, which Pillow judges.
 
     Markers and frame header are those of ITU-T T.81, B.1.1.3 and B.2.2.
     """

@@ -28,6 +28,7 @@ TEMPORARY = re.compile(
 )
 BLOCK = tarfile.BLOCKSIZE
 SENT_AHEAD = 4 * 2**20
+"""Bytes written between two times that the system is asked to bring them to the disk."""
 
 
 def shard_name(number: int) -> str:
