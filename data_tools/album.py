@@ -198,10 +198,12 @@ def develop(
     keep_metadata: bool = False,
     window: tuple[float, float] | None = None,
     look: Callable[[np.ndarray], str] | None = None,
+    boxed: bool = False,
 ) -> Picture:
     """The picture read, cleaned of metadata, checked with the trainer's decoder, measured and hashed.
 
-    `look` makes its print of the decoded pixels (H, W, 3) uint8.
+    `look` makes its print of the decoded pixels (H, W, 3) uint8. `boxed`: boxes lie on it, and of one that its EXIF
+    turns nobody knows whether they were drawn before or after.
     """
     if isinstance(picture, Unread):
         data, where = read(picture), _named(picture, where)
@@ -211,6 +213,11 @@ def develop(
         raise SampleError(f"{where}: a picture without bytes; the format that made it must read them or use an Album")
     window = picture.window or window
     shown = header(data, where)  # the limits are checked here, before anything is decoded
+    if boxed and shown.orientation != 1:
+        raise SampleError(
+            f"{where}: the picture has boxes and is turned by its EXIF, so they may be of the pixels before or after; "
+            f"save it turned and without EXIF, with its boxes in those pixels"
+        )
     ending = shown.ending
     cleaned = data if keep_metadata else without_metadata(data, ending=ending, orientation=shown.orientation)
     pixels = None

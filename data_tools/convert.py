@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.album import missing, remedy_for
-from data_tools.finished import write_whole
+from data_tools.finished import PLAN, WORK, read_record, refuse_other_files, write_whole
 from data_tools.formats import FORMATS, options_for, samples_function, samples_of
 from data_tools.looks import need_imagehash
-from data_tools.one_shard import WORK, Outcome, one_shard, place_of, recorded
+from data_tools.one_shard import Outcome, one_shard, place_of, recorded
 from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
 from data_tools.rows import Rejected
 from data_tools.workers import in_order, server
@@ -33,7 +33,6 @@ from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter
 from mmit.data.shard_writer import TAR, TEMPORARY
 from mmit.data.shards import ShardSet
 
-PLAN = "plan.json"
 RECORD = re.compile(r"\d{6}\.json")
 MOST_SHARDS = 10**6
 MODULE = "data_tools.convert"
@@ -72,7 +71,7 @@ def convert(
         need_imagehash("--prints")
     plan = plan_of(format, path, options, settings, part, root)
     if not (out / INDEX).exists():
-        _refuse_other_files(out)
+        refuse_other_files(out)
         if processes > 1:
             server(MODULE)  # comes up while the rows are looked at
         _refuse_missing(format, path, root, options, settings, part)
@@ -170,20 +169,6 @@ def _check(settings: Settings, processes: int, part: tuple[int, int] | None) -> 
 # Before: what an earlier run left, and pictures that are not there ----------------------------------------------------
 
 
-def _refuse_other_files(out: Path) -> None:
-    """Nothing is written into a folder that holds what no conversion has begun."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"{out}: this is a file; --out names a folder")
-    plan = out / WORK / PLAN
-    if plan.exists():
-        if "tool" in json.loads(plan.read_text(encoding="utf-8")):
-            raise ConfigError(f"{out}: holds an unfinished set of another command; finish it with that, or remove it")
-    elif any(path.name not in (UNFINISHED, WORK) for path in out.iterdir()):
-        raise ConfigError(f"{out}: the folder holds other files; --out names a new or empty folder")
-
-
 def _start(out: Path, plan: dict[str, Any], path: Path, root: Path | None) -> None:
     """Claims the folder for this plan; the shards that an interrupted run of the same plan finished stay.
 
@@ -193,7 +178,7 @@ def _start(out: Path, plan: dict[str, Any], path: Path, root: Path | None) -> No
     begun: dict[str, Any] = {"plan": plan, "images": str(root.resolve()) if root is not None else None}
     if path.is_dir():
         begun["times"] = folder_digest(path)
-    same = note.exists() and json.loads(note.read_text(encoding="utf-8")) == begun
+    same = read_record(note) == begun
     for path in [*out.iterdir(), *(out / WORK).glob("*")]:
         if TEMPORARY.fullmatch(path.name) or (not same and (TAR.fullmatch(path.name) or RECORD.fullmatch(path.name))):
             path.unlink()
@@ -269,7 +254,7 @@ def _outcomes(
     return in_order(one_shard, jobs(), processes, preload=MODULE)
 
 
-# The end: every row accounted for ------------------------------------------------------------------------------
+# The end: every row accounted for -------------------------------------------------------------------------------------
 
 
 def _all_recorded(out: Path) -> Iterator[Outcome]:
@@ -284,21 +269,21 @@ def _finish(out: Path, plan: dict[str, Any], path: Path, rows: int) -> None:
     summary: dict[str, Any] = {"plan": plan, **dict.fromkeys(COUNTS, 0), "first": []}
     by_shard: dict[int, int] = {}
     temporary = out / f"{REJECTED}.{os.getpid()}.tmp"
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream, IndexWriter(out) as index:
-        for outcome in _all_recorded(out):
-            summary["rows"] += outcome.rows
-            summary["rejected"] += len(outcome.rejected)
-            summary["missing"] += outcome.missing
-            summary["without_pictures"] += outcome.without_pictures
-            summary["first"] += [item.reason for item in outcome.rejected][: 5 - len(summary["first"])]
-            if outcome.rejected:
-                by_shard[outcome.number] = len(outcome.rejected)
-            for item in outcome.rejected:
-                stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-            if outcome.shard is not None:
-                summary["samples"] += outcome.shard.entry.samples
-                index.add(outcome.shard)
-        stream.close()
+    with IndexWriter(out) as index:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+            for outcome in _all_recorded(out):
+                summary["rows"] += outcome.rows
+                summary["rejected"] += len(outcome.rejected)
+                summary["missing"] += outcome.missing
+                summary["without_pictures"] += outcome.without_pictures
+                summary["first"] += [item.reason for item in outcome.rejected][: 5 - len(summary["first"])]
+                if outcome.rejected:
+                    by_shard[outcome.number] = len(outcome.rejected)
+                for item in outcome.rejected:
+                    stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+                if outcome.shard is not None:
+                    summary["samples"] += outcome.shard.entry.samples
+                    index.add(outcome.shard)
         os.replace(temporary, out / REJECTED)
         if summary["rows"] != rows:
             raise SampleError(

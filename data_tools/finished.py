@@ -8,7 +8,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmit.data.shard_index import SampleRow, ShardEntry, WrittenShard
+from mmit.config import ConfigError
+from mmit.data.shard_index import UNFINISHED, SampleRow, ShardEntry, WrittenShard
+
+WORK, PLAN = ".unfinished", "plan.json"
+"""The folder of these records inside the set, and what the set is to become."""
+
+
+def refuse_other_files(out: Path, tool: str | None = None) -> None:
+    """Nothing is written into a folder that holds what no `tool` of this name has begun; conversion has none."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{out}: this is a file; --out names a folder")
+    plan = read_record(out / WORK / PLAN)
+    if plan is not None:
+        if plan.get("tool") != tool:
+            raise ConfigError(f"{out}: holds an unfinished set of another command; finish it with that, or remove it")
+    elif any(path.name not in (UNFINISHED, WORK) for path in out.iterdir()):
+        raise ConfigError(f"{out}: the folder holds other files; --out names a new or empty folder")
 
 
 def record_of(shard: WrittenShard) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_tools.convert import COUNTS, PLAN, WORK, conversion
+from data_tools.convert import COUNTS, conversion
+from data_tools.finished import PLAN, WORK, read_record, refuse_other_files, write_whole
 from data_tools.plan import only_writer
 from mmit.config import ConfigError
 from mmit.data.provenance import CONVERSION, REJECTED, licenses
@@ -48,7 +49,7 @@ def merge(folders: Sequence[Path], out: Path) -> ShardSet:
         if read_index(out).entries != joined:
             raise ConfigError(f"{out}: already holds a finished shard set, and not of these; name another --out")
     else:
-        _refuse_other_files(out)
+        refuse_other_files(out, TOOL)
         out.mkdir(parents=True, exist_ok=True)
         with only_writer(out):
             _start(out, joined)
@@ -81,32 +82,17 @@ def _placed(
         yield WrittenShard(new, rows)
 
 
-def _refuse_other_files(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"{out}: this is a file; --out names a folder")
-    note = out / WORK / PLAN
-    if note.exists():
-        if json.loads(note.read_text(encoding="utf-8")).get("tool") != TOOL:
-            raise ConfigError(f"{out}: holds an unfinished set of another command; finish it with that, or remove it")
-    elif any(path.name not in (UNFINISHED, WORK) for path in out.iterdir()):
-        raise ConfigError(f"{out}: the folder is not empty; --out names a new one")
-
-
 def _start(out: Path, joined: Sequence[ShardEntry]) -> None:
     """Claims the folder for this merge. What an interrupted one left is taken away, but for tars of the same merge."""
     note = out / WORK / PLAN
     plan = {"tool": TOOL, "shards": [asdict(entry) for entry in joined]}
-    same = note.exists() and json.loads(note.read_text(encoding="utf-8")) == plan
+    same = read_record(note) == plan
     for path in out.iterdir():
         if TEMPORARY.fullmatch(path.name) or (TAR.fullmatch(path.name) and not same) or path.name in REWRITTEN:
             path.unlink()
     if not same:
         note.parent.mkdir(exist_ok=True)
-        temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps(plan), encoding="utf-8")
-        os.replace(temporary, note)
+        write_whole(note, json.dumps(plan))
 
 
 class _Opened:

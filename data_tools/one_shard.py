@@ -8,19 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.album import MissingPicture, Unread, develop, read
-from data_tools.finished import read_record, record_of, shard_in, write_whole
+from data_tools.album import MissingPicture, develop
+from data_tools.finished import WORK, read_record, record_of, shard_in, write_whole
 from data_tools.holders import opened
 from data_tools.looks import printed
 from data_tools.plan import Settings, plain_name
 from data_tools.rows import Placed, Rejected
 from data_tools.turns import stripped
-from mmit.data.images import header
 from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart
 from mmit.data.shard_index import WrittenShard
 from mmit.data.shard_writer import Stored, shard_name, stored, write_shard
-
-WORK = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,9 @@ def one_shard(
 def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) -> tuple[Stored, bool]:
     """The sample with its pictures, as it will be stored; and whether it lost one that is missing."""
     item = opened(item)
+    boxed = {part.image for said in item.messages for part in said.parts if isinstance(part, BoxPart)}
     pictures: list[Picture | None] = []
-    for picture in item.images:
+    for number, picture in enumerate(item.images):
         try:
             pictures.append(
                 develop(
@@ -92,6 +90,7 @@ def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) 
                     keep_metadata=settings.keep_metadata,
                     window=settings.window,
                     look=printed if settings.prints else None,
+                    boxed=number in boxed,
                 )
             )
         except MissingPicture:
@@ -105,23 +104,15 @@ def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) 
     if fewer:
         sample = _without(sample, {n for n, picture in enumerate(pictures) if picture is None}, where)
     ready = stored(replace(sample, images=tuple(kept)), where)
-    _check_boxes(ready.sample, item, where)
+    _check_boxes(ready.sample, where)
     return ready, fewer
 
 
-def _check_boxes(sample: Sample, found: Sample, where: str) -> None:
+def _check_boxes(sample: Sample, where: str) -> None:
     """Corners read as width and height, or boxes of another size of the picture, would else be clipped silently.
 
-    Real boxes reach a little over the edge; a tenth of the side is no accident. Of a picture that its EXIF turns (in
-    the sample as it was `found`) nobody knows whether the boxes were drawn before or after.
+    Real boxes reach a little over the edge; a tenth of the side is no accident.
     """
-    boxed = {part.image for item in found.messages for part in item.parts if isinstance(part, BoxPart)}
-    for picture in (found.images[number] for number in sorted(boxed)):
-        if isinstance(picture, Unread) and header(read(picture), where).orientation != 1:
-            raise SampleError(
-                f"{where}: {picture.name or 'the picture'} has boxes and is turned by its EXIF, so they may be of the "
-                f"pixels before or after; save it turned and without EXIF, with its boxes in those pixels"
-            )
     for part in (part for item in sample.messages for part in item.parts if isinstance(part, BoxPart)):
         shown = sample.images[part.image]
         across = max(-part.left, part.right - shown.width) / shown.width

@@ -253,10 +253,10 @@ def place_pictures(
     """The turns in parts, every marker that stands for one of the `count` pictures become an `ImagePart`."""
     split = [Turn(role, [TextPart(text)] if text else [], train) for role, text, train in turns]
     shown = [ImagePart(number) for number in range(count)]
-    return placed(split, shown, where, marker=marker, unmarked=unmarked, markers=markers)
+    return place_parts(split, shown, where, marker=marker, unmarked=unmarked, markers=markers)
 
 
-def placed(
+def place_parts(
     turns: Sequence[Turn],
     shown: Sequence[Part],
     where: str,

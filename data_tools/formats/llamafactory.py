@@ -21,8 +21,8 @@ from data_tools.turns import (
     conversation_of,
     names_of,
     pictures_named,
+    place_parts,
     place_pictures,
-    placed,
     refuse_media,
     refuse_unwanted,
     sample_of,
@@ -92,7 +92,7 @@ def samples(
         )
         # A set without pictures may speak of <image>; in one with them, a lone marker is a picture that got lost.
         parts = place_pictures(turns, len(names), row.where, markers="error" if "images" in columns else "text")
-        parts = placed(
+        parts = place_parts(
             parts,
             [VideoPart((number,), (0.0,)) for number in range(len(names), len(names) + len(clips))],
             row.where,

@@ -232,6 +232,6 @@ def test_a_merge_touches_no_folder_of_other_things(photos: Path, tmp_path: Path)
     convert("llava", rows_with(photos, 3), photos, tmp_path / "a")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "shard-000000.tar").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="holds other files"):
         merge([tmp_path / "a"], tmp_path / "m")
     assert (tmp_path / "m" / "shard-000000.tar").read_text() == "mine"

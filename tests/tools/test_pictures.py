@@ -224,5 +224,5 @@ def test_boxes_on_a_picture_that_its_exif_turns_are_refused(
     if orientation == 1:
         assert run("refcoco", [row], tmp_path, settings=settings)
         return
-    with pytest.raises(RejectedRows, match=r"0\.jpg has boxes and is turned by its EXIF"):
+    with pytest.raises(RejectedRows, match=r"0\.jpg: the picture has boxes and is turned by its EXIF"):
         run("refcoco", [row], tmp_path, settings=settings)
