@@ -74,7 +74,7 @@ class Album:
             raise SampleError(f"{where}: a picture is named by {name!r}; write its path below the images folder")
         if name.startswith("data:"):
             return unread(from_data_url(name, where), where, window=window)
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
+        if "://" in name and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
             raise SampleError(
                 f"{where}: the picture is a URL ({name[:120]}), and nothing is fetched here; download the pictures "
                 f"first (img2dataset does it well) and name the files"
@@ -317,10 +317,15 @@ JPEG_NAMED = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
 def _markers(data: bytes, start: int) -> Iterator[int]:
     """Where markers stand from `start` on, but for restarts (D0 to D7) and stuffed or filling FF."""
     values = np.frombuffer(data, dtype=np.uint8)
-    places = np.flatnonzero(values[start:-1] == 0xFF) + start
-    kinds = values[places + 1]
-    real = (kinds != 0) & (kinds != 0xFF) & ((kinds < 0xD0) | (kinds > 0xD7))
-    return iter(places[real].tolist())
+    found = (values[start:-1] == 0xFF).view(np.uint8)
+    np.minimum(found, values[start + 1 :], out=found)  # 1 where an FF is not stuffed, else 0
+    ones = found.tobytes()  # of which the next is found in a third of the time of `flatnonzero`
+    place = ones.find(1)
+    while place >= 0:
+        kind = data[start + place + 1]
+        if kind != 0xFF and not 0xD0 <= kind <= 0xD7:
+            yield start + place
+        place = ones.find(1, place + 1)
 
 
 def _clean_png(data: bytes) -> bytes:

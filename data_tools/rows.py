@@ -59,15 +59,17 @@ def name_of(record: Any) -> str:
     if not isinstance(record, dict):
         return ""
     for key in ("id", "question_id", "image_id", "key"):
-        if isinstance(record.get(key), str | int):
-            return str(record[key])
+        value = record.get(key)
+        if isinstance(value, (str, int)):  # a union would take longer than all the rest
+            return str(value)
     return ""
 
 
 def row_at(file: Path, number: int, record: Any, *, lines: bool) -> Row:
-    place = f"{file.name}:{number}" if lines else f"{file.name}[{number}]"
+    called = file.name
+    place = f"{called}:{number}" if lines else f"{called}[{number}]"
     name = name_of(record)
-    return Row(file.name, number, f"{place} (id {name})" if name else place, record)
+    return Row(called, number, f"{place} (id {name})" if name else place, record)
 
 
 @dataclass(frozen=True)

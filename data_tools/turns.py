@@ -116,12 +116,20 @@ def valued_turns(
         here = f"{where}: turn {number}"
         if not isinstance(turn, dict):
             raise SampleError(f"{here}: expected an object with {role[0]} and {text[0]}, found {str(turn)[:60]!r}")
-        named, said = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in (role, text))
-        ours = role_of(named, here, roles)
-        calls = called(turn, here)
+        ours = role_of(_filled(turn, role), here, roles)
+        said, calls = _filled(turn, text), called(turn, here)
         content = "" if said is None and calls else text_of(said, here)
-        turns.append(Said(ours, "\n".join(piece for piece in (content, calls) if piece), trained(turn, ours, here)))
+        whole = f"{content}\n{calls}" if content and calls else content or calls
+        turns.append(Said(ours, whole, trained(turn, ours, here)))
     return turns
+
+
+def _filled(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """What the record has under the first of the names that is not empty."""
+    for name in names:
+        if (value := record.get(name)) is not None:
+            return value
+    return None
 
 
 def trained(turn: Mapping[str, Any], role: Role, where: str) -> bool | None:
@@ -234,7 +242,7 @@ def names_of(value: Any, where: str, *, field: str = "image") -> list[Any]:
     """Picture names given as one, as a list, or not at all."""
     if value is None or value == "":
         return []
-    if isinstance(value, str | dict | bytes | Picture):
+    if isinstance(value, (str, dict, bytes, Picture)):
         return [value]
     if isinstance(value, Sequence):
         return list(value)
@@ -293,19 +301,20 @@ def place_parts(
         raise SampleError(f"{where}: {count} {what} but {everywhere} {marker} markers; {remedy}")
     waiting = iter(shown)
 
-    def cut(part: Part) -> Iterator[Part]:
-        if not isinstance(part, TextPart):
-            yield part
-            return
-        for index, piece in enumerate(part.text.split(marker)):
-            if index:
-                yield next(waiting)
-            if piece:
-                yield TextPart(piece)
+    def cut(parts: Sequence[Part]) -> Iterator[Part]:
+        for part in parts:
+            if not isinstance(part, TextPart):
+                yield part
+                continue
+            for index, piece in enumerate(part.text.split(marker)):
+                if index:
+                    yield next(waiting)
+                if piece:
+                    yield TextPart(piece)
 
     return [
-        turn._replace(parts=[new for part in turn.parts for new in cut(part)]) if turn.role in holders else turn
-        for turn in turns
+        Turn(turn.role, list(cut(turn.parts)), turn.train) if number and turn.role in holders else turn
+        for turn, (_, number) in zip(turns, found, strict=True)
     ]
 
 
@@ -332,11 +341,11 @@ def pictures_first(parts: Sequence[Part]) -> list[Part]:
 def stripped(parts: Sequence[Part]) -> tuple[Part, ...]:
     """The parts without whitespace at the two outer edges; a text that was nothing else goes."""
     kept = list(parts)
-    if kept and isinstance(kept[0], TextPart):
-        kept[0] = TextPart(kept[0].text.lstrip())
-    if kept and isinstance(kept[-1], TextPart):
-        kept[-1] = TextPart(kept[-1].text.rstrip())
-    return tuple(part for part in kept if not isinstance(part, TextPart) or part.text)
+    if kept and isinstance(first := kept[0], TextPart) and first.text[:1].isspace():
+        kept[0] = TextPart(first.text.lstrip())
+    if kept and isinstance(last := kept[-1], TextPart) and last.text[-1:].isspace():
+        kept[-1] = TextPart(last.text.rstrip())
+    return tuple([part for part in kept if not isinstance(part, TextPart) or part.text])
 
 
 def sample_of(

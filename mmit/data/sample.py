@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
+ROLES = get_args(Role)
 FORMAT = 1
 
 
@@ -98,13 +99,9 @@ def message(role: Role, *parts: Part | str, train: bool | None = None) -> Messag
 
 def image_indices(part: Part) -> tuple[int, ...]:
     """The pictures of which this part puts tokens into the sequence, in order."""
-    match part:
-        case ImagePart(image):
-            return (image,)
-        case VideoPart(frames):
-            return frames
-        case _:
-            return ()
+    if isinstance(part, ImagePart):
+        return (part.image,)
+    return part.frames if isinstance(part, VideoPart) else ()
 
 
 def check(sample: Sample, where: str) -> Sample:
@@ -113,8 +110,8 @@ def check(sample: Sample, where: str) -> Sample:
         raise SampleError(f"{where}: the sample has no messages; give it at least one assistant message")
     for number, item in enumerate(sample.messages):
         here = f"{where}: message {number}"
-        if item.role not in get_args(Role):
-            raise SampleError(f"{here}: role {item.role!r} is unknown; write one of {', '.join(get_args(Role))}")
+        if item.role not in ROLES:
+            raise SampleError(f"{here}: role {item.role!r} is unknown; write one of {', '.join(ROLES)}")
         if not isinstance(item.train, bool):
             raise SampleError(f"{here}: train is {item.train!r}; write true or false")
         if item.train and item.role != "assistant":
@@ -122,22 +119,27 @@ def check(sample: Sample, where: str) -> Sample:
         if item.role == "system" and number > 0:
             raise SampleError(f"{here}: a system message must come first, found at position {number}")
         for part in item.parts:
-            _check_part(part, len(sample.images), here)
+            if isinstance(part, TextPart):
+                _check_text(part.text, here)
+            else:
+                _check_part(part, len(sample.images), here)
     shown = {i for item in sample.messages for part in item.parts for i in image_indices(part)}
-    unused = sorted(set(range(len(sample.images))) - shown)
-    if unused:
+    if unused := sorted(set(range(len(sample.images))) - shown):
         raise SampleError(
             f"{where}: images {unused} are shown by no message; add an image part where each belongs, or drop them"
         )
     return sample
 
 
+def _check_text(text: str, here: str) -> None:
+    if not isinstance(text, str):
+        raise SampleError(f"{here}: a text part holds the text {text!r} ({type(text).__name__}); write a string")
+    if not _is_whole(text):
+        raise SampleError(f"{here}: holds half of a character (an escape \\ud800 to \\udfff); mend it")
+
+
 def _check_part(part: Part, images: int, here: str) -> None:
     match part:
-        case TextPart(text) if not isinstance(text, str):
-            raise SampleError(f"{here}: a text part holds the text {text!r} ({type(text).__name__}); write a string")
-        case TextPart(text) if not _is_whole(text):
-            raise SampleError(f"{here}: holds half of a character (an escape \\ud800 to \\udfff); mend it")
         case BoxPart(image, left, top, right, bottom):
             used, corners = (image,), (left, top, right, bottom)
             if not all(isinstance(corner, int | float) for corner in corners):
