@@ -141,7 +141,7 @@ def read(picture: Unread) -> bytes:
         descriptor = open_below(picture)
     except FileNotFoundError:
         raise MissingPicture(
-            f"{picture.where}: the picture {picture.name} is missing below {picture.root}; "
+            f"{picture.where}: the file {picture.name} is missing below {picture.root}; "
             f"check --images, or choose with --on-missing"
         ) from None
     except OSError as error:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ def convert(
 
     `part` (i, n) makes the i-th of n shares, to be joined by `merge`; `progress` hears of rows and rejected rows done.
     """
-    settings = settings or Settings()
-    path, root, out = Path(input), Path(images) if images is not None else None, Path(out)
     options = options_for(format, options or {})
+    settings = _named(settings or Settings(), options)
+    path, root, out = Path(input), Path(images) if images is not None else None, Path(out)
     samples_function(format)
     _check(settings, processes, part)
     if settings.prints:
@@ -123,8 +123,9 @@ def converted(
     if record.format is None or record.path is None:
         raise ConfigError("a source to convert names a format and a path, such as {llava: notes.json, images: photos/}")
     known = Settings.__dataclass_fields__
-    settings = Settings(**{key: _setting(key, value) for key, value in record.options.items() if key in known})
     options = options_for(record.format, {key: value for key, value in record.options.items() if key not in known})
+    settings = Settings(**{key: _setting(key, value) for key, value in record.options.items() if key in known})
+    settings = _named(settings, options)
     path = Path(record.path)
     key = digest_of(
         {
@@ -149,6 +150,12 @@ def converted(
             progress=progress,
         )
     return folder
+
+
+def _named(settings: Settings, options: Mapping[str, Any]) -> Settings:
+    """One of several data sets in a folder gives its samples its own name, not that of the folder."""
+    chosen = plain_name(str(options.get("dataset", "")))
+    return replace(settings, source=chosen) if chosen and settings.source is None else settings
 
 
 def _setting(key: str, value: Any) -> Any:
@@ -214,8 +221,10 @@ def _refuse_missing(
         folder = below if below.is_dir() else below.parent
         told = (remedy_for(name, folder, options.get("image_prefix")) for name in islice(names, 20))
         found = next(filter(None, told), "Check --images and --set image_prefix=...")
+        files, verb = (f"{len(names)} files", "are") if len(names) > 1 else ("1 file", "is")
+        by = f"{rows} rows" if rows > 1 else "1 row"
         raise ConfigError(
-            f"{path}: {len(names)} pictures named by {rows} rows are missing below {below}:{shown}{more}\n"
+            f"{path}: {files} named by {by} {verb} missing below {below}:{shown}{more}\n"
             f"{found}; or say --on-missing drop (leave those rows out) or "
             f"text-only (in a config: options: {{on_missing: drop}})"
         )

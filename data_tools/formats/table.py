@@ -50,6 +50,12 @@ def samples(
             return found
 
         told = column(answer, ANSWERS, needed=True)
+        if told == "text" and not answer and "question_id" in record and not set(QUESTIONS) & record.keys():
+            raise SampleError(
+                f"{row.where}: text beside question_id is a question to be asked, as LLaVA's files for evaluation have "
+                f"it, and no column is an answer; write --set question=text and --set answer=COLUMN, or "
+                f"--set answer=text if it is one"
+            )
         shown, asked = column(image, IMAGES, needed=False), column(question, QUESTIONS, needed=False)
         pictures = record.get(shown) if shown else None
         listed = pictures if isinstance(pictures, list) else [pictures] if pictures else []

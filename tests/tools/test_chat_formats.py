@@ -405,6 +405,8 @@ def test_an_unknown_llamafactory_name_lists_those_that_are_there(run: Converter,
 
     (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}, "far": {"hf_hub_url": "x"}}')
     (tmp_path / "mine.json").write_text('[{"instruction": "q", "input": "i", "output": "a"}]')
-    assert flat(run("llamafactory", tmp_path, dataset="mine")[0]) == [("user", ["q\ni"]), ("assistant", ["a"])]
+    (sample,) = run("llamafactory", tmp_path, dataset="mine")
+    assert flat(sample) == [("user", ["q\ni"]), ("assistant", ["a"])]
+    assert sample.source == "mine"
     with pytest.raises(ConfigError, match="one of mine"):
         run("llamafactory", tmp_path, dataset="yours")

@@ -76,7 +76,7 @@ def test_every_format_is_listed(command: Command) -> None:
         ({"rows": "hello"}, 2, "this is not JSON"),
         ({"rows": ""}, 2, "the file is empty"),
         ({"bad": (1,)}, 3, "1 of 3 rows rejected"),
-        ({"gone": (1,)}, 2, "1 pictures named by 1 rows are missing"),
+        ({"gone": (1,)}, 2, "1 file named by 1 row is missing"),
     ],
 )
 def test_a_fault_is_one_message_with_place_and_remedy(

@@ -267,7 +267,7 @@ def test_all_missing_pictures_are_told_at_once_before_anything_is_written(photos
     with pytest.raises(ConfigError) as caught:
         convert("llava", path, photos, tmp_path / "out")
     text = str(caught.value)
-    assert "7 pictures named by 7 rows are missing" in text
+    assert "7 files named by 7 rows are missing" in text
     assert all(f"p{n}.png   (rows.json[{n}] (id r{n}))" in text for n in gone)
     assert "p2.png" not in text
     assert not list((tmp_path / "out").glob("*.tar"))

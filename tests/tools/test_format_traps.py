@@ -322,6 +322,19 @@ def test_a_missing_answer_of_a_table_is_no_answer_none(run: Converter, tmp_path:
     assert flat(sample) == [("user", ["q"]), ("assistant", ["1.5"])]
 
 
+def test_a_file_of_questions_to_be_asked_is_nothing_to_learn(run: Converter, photos: Path) -> None:
+    row = {"question_id": 0, "image": "0.png", "text": "What is it?", "category": "conv"}
+    with pytest.raises(RejectedRows, match="--set question=text and --set answer=COLUMN"):
+        run("table", [row], photos)
+    (sample,) = run("table", [row | {"gold": "A cat."}], photos, question="text", answer="gold")
+    assert flat(sample) == [("user", [0, "\n", "What is it?"]), ("assistant", ["A cat."])]
+
+
+def test_answers_beside_their_questions_are_learned(run: Converter) -> None:
+    (sample,) = run("table", [{"question_id": 0, "prompt": "What is it?", "text": "A cat.", "model_id": "m"}])
+    assert flat(sample) == [("user", ["What is it?"]), ("assistant", ["A cat."])]
+
+
 def test_a_caption_without_its_picture_is_rejected(run: Converter, photos: Path) -> None:
     rows = [{"image": "0.png", "caption": "a"}, {"image": None, "caption": "b"}]
     with pytest.raises(RejectedRows, match="no picture in image"):
