@@ -50,6 +50,7 @@ def convert(
 
     from data_tools.convert import Settings, conversion
     from data_tools.convert import convert as convert_input
+    from data_tools.workers import cpus
 
     gc.freeze()  # the libraries' objects stay; looking through them again and again took a fifth of the time
 
@@ -180,6 +181,7 @@ def index(
 ) -> None:
     """Index other people's webdataset tars where they lie, so that a config can name the folder as shards."""
     from data_tools.index import index as index_tars
+    from data_tools.workers import cpus
 
     with _counted("{} of {} tars") as progress:
         shards = index_tars(
@@ -399,11 +401,6 @@ def scan(
         print(f"{found.any:,} of {found.samples:,} samples hold any" + (f"; listed in {report}" if report else ""))
         if out is not None:
             _tell(out, without(shards, out, progress=progress))
-
-
-def cpus() -> int:
-    """Those this process may use: a job on a cluster has fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +26,11 @@ Result = TypeVar("Result")
 
 COMMAND = "typer"
 """Imported once for all: each process runs the script of the command again, and this is what takes time in it."""
+
+
+def cpus() -> int:
+    """Those this process may use: a job on a cluster has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def in_order(

@@ -55,9 +55,10 @@ def train(
     else:
         # Other ranks would wait for one that left; the run takes up what arrives now once it listens.
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    from data_tools.workers import cpus
     from mmit import api
 
-    final = api.train(config, overrides or (), check_memory=check_memory, processes=os.cpu_count() or 1)
+    final = api.train(config, overrides or (), check_memory=check_memory, processes=cpus())
     sees = json.loads((final / "model.json").read_text(encoding="utf-8"))["image_tokens"] > 0
     run = shlex.quote(str(final.parent))
     typer.echo(f"done: {final}\n  mmit generate {run}" + (" --image FILE" if sees else "") + " --prompt '...'")

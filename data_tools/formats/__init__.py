@@ -13,7 +13,7 @@ from typing import Any, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from mmit.config import ConfigError
+from mmit.config import ConfigError, imported
 from mmit.data.sample import Sample
 
 
@@ -97,21 +97,11 @@ Samples = Callable[..., Iterator[Any]]
 
 def samples_function(name: str) -> Samples:
     """The `samples` of a format by its name, or of `package.module:function`."""
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            found = vars(importlib.import_module(module)).get(attribute)
-        except ImportError as error:
-            raise ConfigError(f"format {name}: cannot import {module} ({error}); is it installed here?") from None
-        if not callable(found):
-            raise ConfigError(f"format {name}: {module} has no function {attribute}")
-        return cast(Samples, found)
     if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"format {name!r} is unknown; {hint}There are {', '.join(FORMATS)}, or package.module:function of your own"
-        )
+        found = imported(name, "format", FORMATS)
+        if not callable(found):
+            raise ConfigError(f"format {name}: is a {type(found).__name__}; name a function that yields samples")
+        return cast(Samples, found)
     return importlib.import_module(f"data_tools.formats.{FORMATS[name].module}").samples
 
 

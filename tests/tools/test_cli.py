@@ -64,7 +64,7 @@ def test_every_format_is_listed(command: Command) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "found"),
     [
-        ({"format": "lava"}, 2, "did you mean llava"),
+        ({"format": "lava"}, 2, "did you mean 'llava'"),
         ({"input": "/nowhere/x.json"}, 2, "/nowhere/x.json"),
         ({"images": "/nowhere"}, 2, "no such folder"),
         ({"more": ["--set", "stripe=1"]}, 2, "did you mean strip"),

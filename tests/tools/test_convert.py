@@ -417,7 +417,7 @@ def test_a_format_of_ones_own_is_named_by_module_and_function(tmp_path: Path) ->
     assert shards.source(0) == "mine"
     with pytest.raises(ConfigError, match="unknown option 'shuot'; did you mean shout"):
         convert(name, tmp_path / "in.txt", None, tmp_path / "p", options={"shuot": True})
-    with pytest.raises(ConfigError, match="has no function nothing"):
+    with pytest.raises(ConfigError, match="holds no nothing"):
         convert(f"{__name__}:nothing", tmp_path / "in.txt", None, tmp_path / "p")
 
 
@@ -454,7 +454,7 @@ def test_what_cannot_be_stored_is_rejected_and_not_a_crash(
 
 
 def test_an_unknown_format_is_answered_with_the_nearest_and_the_list(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="did you mean llava"):
+    with pytest.raises(ConfigError, match="did you mean 'llava'"):
         convert("lava", tmp_path, None, tmp_path / "out")
     assert not os.path.exists(tmp_path / "out")
 
