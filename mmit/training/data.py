@@ -21,6 +21,8 @@ from mmit.model.build import Assembly
 
 SURVEYED = 1000
 """Samples rendered before step 0 to say how many are too long; all of them in a set no larger."""
+SURVEYED_TARS = 4
+"""Of a set that has to be fetched, the tars they are taken from: a thousand samples can lie in as many."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,14 @@ def too_long(data: StageData) -> list[str]:
     for steps in [data.training, *([data.held_out] if data.held_out is not None else [])]:
         for encoder, origin in zip(steps.encoders, steps.order.origins, strict=True):
             size = len(origin.indices)
-            looked_at = origin.indices[permutation(size, "survey")[:SURVEYED]]
+            looked_at = _looked_at(origin, encoder.shards)
             outcomes = [steps.try_example(encoder, int(index)) for index in looked_at]
             cut = sum(isinstance(outcome, tuple) and outcome[1] for outcome in outcomes)
             dropped = sum(isinstance(outcome, str) for outcome in outcomes)
             bad = outcomes.count(None)
             title = data.titles[encoder.source]
-            if dropped == len(looked_at) and steps is data.training:
+            drawn = len(looked_at) == size or not encoder.shards.is_remote  # a few tars may hold the long ones
+            if dropped == len(looked_at) and drawn and steps is data.training:
                 raise ConfigError(
                     f"max_tokens: {encoder.rendering.max_tokens} leaves nothing of source {title}: each of the "
                     f"{dropped} samples looked at is longer, in its first turn or whole; raise max_tokens"
@@ -124,10 +127,20 @@ def too_long(data: StageData) -> list[str]:
             facts = [f"max_tokens cuts {cut} and drops {dropped}"] if cut or dropped else []
             facts += [f"{bad} cannot be rendered"] if bad else []
             if facts:
-                among = "all" if size <= SURVEYED else f"{len(looked_at)} sampled of"
+                among = "all" if size == len(looked_at) else f"{len(looked_at)} sampled of"
                 what = "samples" if steps is data.training else "held-out samples"
                 lines.append(f"{title}: {', '.join(facts)} of {among} {size} {what}")
     return lines
+
+
+def _looked_at(origin: Origin, shards: ShardSet) -> np.ndarray:
+    """All that lie here are drawn from; of a set that has to be fetched, those of a few tars."""
+    indices = origin.indices
+    if shards.is_remote:
+        tar_of = np.searchsorted(np.cumsum(shards.shard_sizes), indices, side="right")
+        tars = np.unique(tar_of)
+        indices = indices[np.isin(tar_of, tars[permutation(len(tars), "survey")[:SURVEYED_TARS]])]
+    return indices[permutation(len(indices), "survey")[:SURVEYED]]
 
 
 def _held_out_steps(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import io
+import re
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -13,8 +14,21 @@ from pathlib import Path
 import pytest
 
 from data_tools.index import index
+from mmit.training.data import SURVEYED_TARS, too_long
 from tests.data.pictures import picture
-from tests.training.tiny import config, ended, metrics, run, said, shards, stage, start, written
+from tests.training.tiny import (
+    assembled,
+    config,
+    ended,
+    metrics,
+    opened,
+    run,
+    said,
+    shards,
+    stage,
+    start,
+    written,
+)
 
 pytest.importorskip("aiohttp", reason="http needs the extra mmit[remote]")
 TRAIN = {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
@@ -58,6 +72,16 @@ def test_tars_of_others_train_in_place_beside_us_and_over_the_network(served: st
     assert len(metrics(beside)) == 3
     far = stage("sft", folder, TRAIN) | {"data": [{"shards": f"{served}/tars"}]}
     assert metrics(run(config(tmp_path / "far", far, cache=str(tmp_path / "other")))) == metrics(beside)
+
+
+def test_the_first_look_at_a_set_fetches_few_of_its_tars(data: Path, served: str, tmp_path: Path) -> None:
+    folder = shards(data.parent / "many", [written(number) for number in range(60)])
+    assert len(list(folder.glob("*.tar"))) > SURVEYED_TARS
+    far = stage("sft", folder, {"language": {"lr": 1e-3}}, max_tokens=40) | {"data": [{"shards": f"{served}/many"}]}
+    wanted = config(tmp_path / "run", far, vision=None, cache=str(tmp_path / "other"))
+    (line,) = too_long(opened(wanted, assembled(wanted)))
+    assert len(list((tmp_path / "other" / "remote" / "tars").glob("*.tar"))) == SURVEYED_TARS
+    assert re.search(r"of \d+ sampled of 60 samples", line)
 
 
 def test_a_shard_that_went_away_stops_the_run_though_bad_samples_are_skipped(tmp_path: Path) -> None:
