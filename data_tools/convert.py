@@ -260,7 +260,13 @@ def _outcomes(
             if _ours(number, part):
                 yield number, batch, file, source, settings, out
 
-    return in_order(one_shard, jobs(), processes, preload=MODULE)
+    return in_order(one_shard, jobs(), processes, preload=MODULE, weigh=_bytes_of)
+
+
+def _bytes_of(number: int, items: list[Sample | Rejected], *_: Any) -> int:
+    """Of the pictures that came within the rows themselves."""
+    samples = (item for item in items if isinstance(item, Sample))
+    return sum(len(picture.data) for sample in samples for picture in sample.images if picture.data is not None)
 
 
 # The end: every row accounted for -------------------------------------------------------------------------------------

@@ -14,16 +14,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mmit.data.images import reuse_memory
 from mmit.data.sample import SampleError
 
 Result = TypeVar("Result")
 
+MOST_WAITING = 2**30
+"""Bytes of jobs that wait, but that one may always."""
 COMMAND = "typer"
 """Imported once for all: each process runs the script of the command again, and this is what takes time in it."""
 
@@ -34,31 +37,43 @@ def cpus() -> int:
 
 
 def in_order(
-    work: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], processes: int, *, preload: str
+    work: Callable[..., Result],
+    jobs: Iterable[tuple[Any, ...]],
+    processes: int,
+    *,
+    preload: str,
+    weigh: Callable[..., int] = lambda *job: 0,
 ) -> Iterator[Result]:
     """What `work` makes of each job, in their order, by this process and `processes` - 1 beside it.
 
-    Two jobs wait for each of the others at most, so what is read ahead does not grow with the input. `preload` names
-    the module whose import they share.
+    Two jobs wait for each of the others at most, and no more than MOST_WAITING bytes of what `weigh` says of them, so
+    what is read ahead does not grow with the input. `preload` names the module whose import they share.
     """
     queue = iter(jobs)
     head = list(islice(queue, 2))
     beside = _Beside(processes - 1, preload) if processes > 1 and len(head) > 1 else None
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[_Waiting[Result]] = deque()
     reuse_memory()
     try:
         for job in chain(head, queue):
-            if beside is not None and beside.free(waiting):
-                waiting.append(beside.pool.submit(work, *job))
+            size = weigh(*job)
+            if beside is not None and beside.free(waiting, size):
+                waiting.append(_Waiting(beside.pool.submit(work, *job), size))
             else:
-                waiting.append(_done(work(*job)))
-            while waiting and waiting[0].done():
-                yield _result(waiting.popleft())
+                waiting.append(_Waiting(_done(work(*job)), 0))
+            while waiting and waiting[0].future.done():
+                yield _result(waiting.popleft().future)
         while waiting:
-            yield _result(waiting.popleft())
+            yield _result(waiting.popleft().future)
     finally:
         if beside is not None:
             beside.close()
+
+
+@dataclass(frozen=True)
+class _Waiting(Generic[Result]):
+    future: Future[Result]
+    bytes: int
 
 
 class _Beside:
@@ -71,12 +86,13 @@ class _Beside:
         self._starting = ThreadPoolExecutor(1)
         self._up = self._starting.submit(lambda: self.pool.submit(os.getpid).result())
 
-    def free(self, waiting: Iterable[Future[Any]]) -> bool:
-        """Whether one more job would find a process, now or when it is done with the one at hand."""
+    def free(self, waiting: Iterable[_Waiting[Any]], size: int) -> bool:
+        """Whether one more job would find a process, now or when it is done with the one at hand, and memory."""
         if not self._up.done():
             return False
         _result(self._up)  # a process that was killed at its start must not go unnoticed
-        return sum(not future.done() for future in waiting) < 2 * self.number
+        ahead = [job.bytes for job in waiting if not job.future.done()]
+        return len(ahead) < 2 * self.number and (not ahead or sum(ahead) + size <= MOST_WAITING)
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
