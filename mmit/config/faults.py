@@ -51,6 +51,7 @@ ELSEWHERE = {
     "report_to": "trackers",
     **dict.fromkeys(("bf16", "fp16"), "precision"),
     **dict.fromkeys(("deepspeed", "fsdp"), "parallel"),
+    "torch_compile": "compile",
     "dataloader_num_workers": "workers",
     "resume_from_checkpoint": "the same command again, which goes on by itself",
 }

@@ -367,6 +367,9 @@ class Config(Section):
     `hsdp` shards within a node and replicates between nodes."""
     offload: bool = False
     """fsdp, hsdp: keep shards and optimizer state in the memory of the CPU."""
+    compile: bool = False
+    """Compile the decoder layers (`torch.compile`). The first step takes a minute or more; numbers differ from those
+    without it by rounding."""
     workers: NonNegativeInt = 2
     """Loader processes of each rank; no number changes a result."""
     threads: PositiveInt | None = None

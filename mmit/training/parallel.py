@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmit.config import Config, ConfigError
+from mmit.model.layers import decoder_layers
 from mmit.model.vlm import VLM
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ def spread(vlm: VLM, how: Spread, accelerator: Accelerator, *, offload: bool) ->
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     offloading = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
     replicated = {p for p in vlm.vision.parameters() if vlm.vision.frozen} if vlm.vision is not None else set()
-    for layer in _layers(vlm):
+    for layer in decoder_layers(vlm.language, f"parallel: {how}"):
         fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offloading)
     if vlm.vision is not None:
         vlm.vision.to(accelerator.device)
@@ -224,11 +225,3 @@ def _mesh(how: Spread, accelerator: Accelerator) -> DeviceMesh:
             f"parallel: hsdp replicates between nodes, but there are {ranks} ranks, {local} on this node; use fsdp"
         )
     return init_device_mesh(kind, (ranks // local, local), mesh_dim_names=("replicas", "shards"))
-
-
-def _layers(vlm: VLM) -> Iterator[nn.Module]:
-    """The decoder layers of the language model: the longest module list in it."""
-    lists = [module for module in vlm.language.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ConfigError(f"parallel: {type(vlm.language).__name__} has no list of layers to shard; use parallel: ddp")
-    yield from max(lists, key=len)

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = {
     "stages",
     "parallel",
     "offload",
+    "compile",
     "trackers",
 }
 FREE_TO_CHANGE |= {"remote_cache_gb"}

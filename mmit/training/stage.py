@@ -13,6 +13,7 @@ from torch import nn
 from mmit.config import Config, Stage
 from mmit.data.cache import cache_folder
 from mmit.model.build import Assembly, check_targets, set_modes, set_trained
+from mmit.model.layers import compile_layers, compiling
 from mmit.model.probes import chunk_for, probe_embeddings, probe_head, probe_isolation
 from mmit.training import parallel, state
 from mmit.training.answers import Question
@@ -92,10 +93,12 @@ def prepare(
     set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
     table = table_of_parts(config, stage, assembly, data)  # whose probes need the parameters whole, as the next does
     probe_embeddings(assembly.vlm)
+    if config.compile:
+        compile_layers(assembly.vlm.language)
     model = parallel.spread(assembly.vlm, config.parallel, accelerator, offload=config.offload)
     optimizer = build_optimizer(assembly, stage)
     progress = state.resume(assembly, optimizer, resumed, data) if resumed is not None else Progress()
-    with accelerator.autocast():
+    with accelerator.autocast(), compiling():
         probe_isolation(assembly.vlm, device, through=model)
         assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device, through=model) else None
     parallel.reshard(model)
