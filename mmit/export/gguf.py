@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mmit.data.chat import Chat
 from mmit.export.llava import ExportError, language_tensors
@@ -31,6 +32,7 @@ from mmit.model.projector import MlpProjector
 from mmit.model.saved import Saved
 
 LANGUAGE, MMPROJ = "model.gguf", "mmproj.gguf"
+ROPE_DIVISORS = "rope_freqs.weight"
 
 BLOCK = {
     "self_attn.q_proj": "attn_q",
@@ -95,6 +97,7 @@ def write_gguf(saved: Saved, folder: Path, dtype: str) -> None:
 def language_difference(saved: Saved, folder: Path, ids: list[list[int]]) -> tuple[float, float]:
     """Largest difference of logits between `model.gguf`, as transformers reads it, and ours; and the largest logit."""
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=LANGUAGE, dtype=torch.float32).eval()
+    _scale_rope(theirs, folder / LANGUAGE)
     gaps, sizes = [0.0], [0.0]
     for row in ids:
         batch = torch.tensor([row])
@@ -103,6 +106,24 @@ def language_difference(saved: Saved, folder: Path, ids: list[list[int]]) -> tup
         gaps.append(float((ours - other).abs().max()))
         sizes.append(float(ours.abs().max()))
     return max(gaps), max(sizes)
+
+
+def _scale_rope(theirs: Any, file: Path) -> None:
+    """Turns `theirs` as the file says, which transformers' reader passes over for all but one architecture."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    keys = {"type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings"}
+    fields = {
+        own: reader.get_field(f"{LLAMA_CPP[theirs.config.model_type]}.rope.scaling.{key}") for key, own in keys.items()
+    }
+    scaling = {own: field.contents() for own, field in fields.items() if field is not None}
+    if scaling:
+        theirs.config.rope_parameters = {"rope_theta": theirs.config.rope_parameters["rope_theta"]} | scaling
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+    for tensor in reader.tensors:
+        if tensor.name == ROPE_DIVISORS:
+            theirs.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(tensor.data))
 
 
 def _writer(file: Path, architecture: str) -> Any:
@@ -138,11 +159,6 @@ def _write_language(assembly: Assembly, chat: Chat, file: Path, dtype: str) -> N
     language = assembly.vlm.language
     config: Any = language.config
     architecture = LLAMA_CPP[config.model_type]
-    rope = dict(config.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default":
-        raise ExportError(f"--format gguf: rope of type {rope['rope_type']!r}; only the plain one is written")
-    if config.model_type == "mistral" and config.sliding_window is not None:
-        raise ExportError("--format gguf: a sliding window, which llama.cpp's llama does not have")
     writer = _writer(file, architecture)
     heads = config.num_attention_heads
     width = config.head_dim if "head_dim" in config.to_dict() and config.head_dim else config.hidden_size // heads
@@ -157,15 +173,37 @@ def _write_language(assembly: Assembly, chat: Chat, file: Path, dtype: str) -> N
     writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    _add_rope_scaling(writer, config.rope_parameters)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, assembly.tokenizer, chat, config.vocab_size)
     finish(writer, lambda: _language_tensors(assembly, architecture), dtype)
 
 
+def _add_rope_scaling(writer: Any, rope: Mapping[str, Any]) -> None:
+    """That of Llama 3.1 is a tensor instead."""
+    import gguf
+
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+    writer.add_rope_scaling_factor(float(rope["factor"]))
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+
+
+def rope_divisors(config: Any) -> Tensor:
+    """What llama.cpp divides the angle of each pair of a head by, (D / 2,), to turn as Llama 3.1 does."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    steps = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
+    return 1.0 / config.rope_parameters["rope_theta"] ** steps / scaled
+
+
 def _language_tensors(assembly: Assembly, architecture: str) -> Iterator[tuple[str, Tensor]]:
     language = assembly.vlm.language
     config: Any = language.config
+    if config.rope_parameters["rope_type"] == "llama3":
+        yield ROPE_DIVISORS, rope_divisors(config)
     for name, value in language_tensors(language).items():
         if name in WHOLE:
             if not (name == "lm_head.weight" and config.tie_word_embeddings):

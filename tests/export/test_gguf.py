@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,19 @@ TEXT: dict[str, dict[str, Any]] = {
     "qwen2, tied": {"language": {"random": WIDE | {"model_type": "qwen2", "tie_word_embeddings": True}}},
     "mistral": {"language": {"random": WIDE | {"model_type": "mistral", "sliding_window": None}}},
 }
+LLAMA_3_1 = {
+    **{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 32},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+"""But for the length it was first trained on: 8192 there."""
+YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 32}
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {"random": WIDE | {"rope_parameters": LLAMA_3_1}},
+    "linear": {"random": WIDE | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}},
+    "yarn": {"random": WIDE | {"rope_parameters": YARN}},
+    "qwen2, yarn": {"random": WIDE | {"model_type": "qwen2", "rope_parameters": YARN}},
+}
+TEXT |= {name: {"language": language} for name, language in ROPES.items()}
 SEEING = {"language": {"random": WIDE}, "vision": TOWERS["open_clip"]}
 SIGLIP = {"language": {"random": WIDE}, "vision": TOWERS["siglip"]}
 
@@ -58,6 +72,31 @@ def test_the_language_part_read_back_has_the_same_logits(name: str, tmp_path: Pa
     assert done.parity.largest_difference <= 1e-5
     assert (tmp_path / "out/model.gguf").exists()
     assert not (tmp_path / "out/mmproj.gguf").exists()
+
+
+def test_the_divisors_of_angles_are_those_of_llama_3_1(tmp_path: Path) -> None:
+    """Pairs that turn in up to a quarter of 8192 positions as they are, from 8192 on 8 times slower, between them the
+    share of both by turns in 8192 positions."""
+    rope = LLAMA_3_1 | {"original_max_position_embeddings": 8192}
+    language = WIDE | {"head_dim": 128, "rope_parameters": rope}
+    export(run_of(saved_model({"language": {"random": language}}), tmp_path / "run"), tmp_path / "out", format="gguf")
+    (found,) = (
+        tensor for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors if tensor.name == "rope_freqs.weight"
+    )
+    assert found.data.dtype == np.float32
+    expected = []
+    for pair in range(64):
+        turns = 8192 * 500000 ** (-pair / 64) / (2 * math.pi)
+        kept = min(max((turns - 1) / 3, 0), 1)
+        expected.append(1 / (kept + (1 - kept) / 8))
+    assert {1.0, 8.0} < set(expected)
+    np.testing.assert_allclose(found.data, expected, rtol=1e-5)
+
+
+def test_divisors_lost_from_the_file_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmit.export.gguf.rope_divisors", lambda config: torch.ones(8))
+    with pytest.raises(ExportError, match="logits of the language model differ"):
+        export(run_of(saved_model(TEXT["llama3"]), tmp_path / "run"), tmp_path / "out", format="gguf")
 
 
 def test_half_precision_is_that_of_the_rounded_model(tmp_path: Path) -> None:
@@ -279,6 +318,22 @@ def image_vectors(
         ({"language": {"random": WIDE | {"model_type": "gemma", "head_dim": 16}}}, "gemma is not among llama"),
         (SEEING | {"projector": {"kind": "linear"}}, "mmit only"),
         ({"language": {"random": WIDE | {"model_type": "mistral", "sliding_window": 8}}}, "sliding window"),
+        (
+            {"language": {"random": WIDE | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}}},
+            "its qwen2 has no sliding window",
+        ),
+        (
+            {"language": {"random": WIDE | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}}},
+            "rope_type dynamic is not among default, linear, yarn, llama3",
+        ),
+        (
+            {"language": {"random": WIDE | {"rope_parameters": YARN | {"attention_factor": 1.5, "beta_fast": 16}}}},
+            "rope_type yarn with attention_factor, beta_fast",
+        ),
+        (
+            {"language": {"random": WIDE | {"model_type": "qwen2", "rope_parameters": LLAMA_3_1}}},
+            "its qwen2 does not read rope_type llama3",
+        ),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused(model: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -305,6 +360,23 @@ def test_llama_cpp_itself_answers_with_our_tokens(name: str, tmp_path: Path) -> 
             answer.append(int(np.argmax(model.scores[model.n_tokens - 1])))
             model.eval(answer[-1:])
         assert answer == ours.answer
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ROPES)
+def test_llama_cpp_itself_turns_as_far_as_we_do_past_the_first_length(name: str, tmp_path: Path) -> None:
+    """600 positions, of which the first training knew 32."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    saved = saved_model(TEXT[name])
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", format="gguf")
+    model = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=1024, logits_all=True, verbose=False)
+    ids = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    model.eval(ids)
+    with torch.no_grad():
+        ours = cast(Any, saved.assembly.vlm.language)(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    theirs = np.asarray(model.scores[:600, : ours.shape[1]])
+    np.testing.assert_allclose(theirs, ours, atol=2e-3 * float(np.abs(ours).max()))
+    assert theirs.argmax(-1).tolist() == ours.argmax(-1).tolist()
 
 
 CHATS: dict[str, tuple[str, Callable[[], PreTrainedTokenizerFast]]] = {
