@@ -27,7 +27,7 @@ from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
 from mmit.data.chat_formats import stands_for_nothing
 from mmit.data.fit import PictureFit, Policy
-from mmit.model.files import provenance, revision_of, same_files, split_revision
+from mmit.model.files import provenance, revision_of, same_files, split_revision, told
 from mmit.model.pretrained import load_tokenizer, load_whole
 from mmit.model.projector import build_projector
 from mmit.model.projector_file import start_projector
@@ -138,8 +138,10 @@ def pinned(model: schema.Model, sources: Mapping[str, Any]) -> schema.Model:
     """`model` at the Hub revisions that `sources` of a run recorded: what moved on there since is not what it had."""
 
     def at(name: Any, part: str) -> Any:
-        revision = sources.get(part, {}).get("revision")
-        return f"{split_revision(name)[0]}@{revision}" if revision is not None and isinstance(name, str) else name
+        had = sources.get(part, {})
+        if had.get("revision") is None or not isinstance(name, str) or split_revision(name)[0] != had["name"]:
+            return name
+        return f"{had['name']}@{had['revision']}"
 
     vision = model.vision and model.vision.model_copy(update={"name": at(model.vision.name, "vision")})
     if model.source is not None and "revision" in sources.get("vision", {}):  # a tower that its files only name
@@ -154,8 +156,8 @@ def check_sources(before: Mapping[str, Any], assembly: Assembly, where: str) -> 
     for part, record in assembly.sources.items():
         if part in before and not same_files(before[part], record):
             raise ConfigError(
-                f"{where}: was trained from other files of model.{part} (then {before[part]}, now {record}); "
-                f"put those back"
+                f"{where}: was trained from other files of model.{part} (then {told(before[part], record)}, now "
+                f"{told(record, before[part])}); put those back"
             )
 
 

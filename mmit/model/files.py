@@ -62,6 +62,16 @@ def same_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return all(same_files(inner[part], other[part]) for part in inner.keys() & other.keys())
 
 
+def told(record: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """A record in a line: its place, and what it has otherwise than `other`."""
+    files, theirs = record.get("sha256", {}), other.get("sha256", {})
+    facts = [f"{file} {sha256[:12]}" for file, sha256 in files.items() if theirs.get(file) != sha256][:3]
+    facts += [f"{key} {record[key][:12]}" for key in ("revision", "fingerprint") if record.get(key)]
+    inner, others = record.get("sources", {}), other.get("sources", {})
+    facts += [told(inner[part], others[part]) for part in inner.keys() & others.keys()] if not facts else []
+    return f"{record['name']}: {', '.join(facts)}" if facts else str(record["name"])
+
+
 def file_sha256(file: Path, cache: Path | None = None) -> str:
     """The file's hash; remembered by size and time of change, since 14 GB of weights take half a minute to read."""
     status = file.stat()

@@ -71,14 +71,23 @@ def open_stage(
         "costs": _costs(assembly),
         "on_bad_sample": stage.on_bad_sample,
     }
-    titles = _titles([*stage.data, *(config.eval.data if config.eval is not None else ())])
     return StageData(
-        titles=titles,
-        fingerprints={title: samples.fingerprint for title, samples in zip(titles, shards, strict=False)},
+        titles=_titles(config, stage),
+        fingerprints=_fingerprints(config, stage, shards),
         training=Steps(order, encoders, **layout),
         total=total,
         held_out=_held_out_steps(config, stage, out, encoders, cache, layout),
     )
+
+
+def fingerprints_of(config: Config, stage: Stage, cache: Path) -> dict[str, str]:
+    """What the samples of each source of the stage are known by."""
+    return _fingerprints(config, stage, [_open(source, config, cache) for source in stage.data])
+
+
+def _fingerprints(config: Config, stage: Stage, shards: Sequence[ShardSet]) -> dict[str, str]:
+    titles = _titles(config, stage)
+    return {title: samples.fingerprint for title, samples in zip(titles, shards, strict=False)}
 
 
 def rendering_of(config: Config, stage: Stage, assembly: Assembly) -> Rendering:
@@ -226,10 +235,10 @@ def _picture_groups(shards: Sequence[ShardSet]) -> list[str]:
     return [of_group[group] or name for group, name in zip(groups, names, strict=True)]
 
 
-def _titles(sources: Sequence[Source]) -> list[str]:
-    """The title of each source, numbered where two are the same."""
+def _titles(config: Config, stage: Stage) -> list[str]:
+    """The title of each source, then of those that are only evaluated, numbered where two are the same."""
     titles: list[str] = []
-    for source in sources:
+    for source in [*stage.data, *(config.eval.data if config.eval is not None else ())]:
         same = (f"{source.title}-{number}" for number in itertools.count(2))
         titles.append(next(title for title in itertools.chain([source.title], same) if title not in titles))
     return titles

@@ -47,6 +47,7 @@ def train(config: Config, *, asked: str, check_memory: bool = False) -> Path:
         parallel.on_main(accelerator, lambda: (held.enter_context(run.locked()), run.begin(asked)))
         try:
             first, resumed = parallel.from_main(accelerator, lambda: state.where_to_go_on(config, run))
+            parallel.on_main(accelerator, lambda: state.check_moved_data(config, run))
             for number in range(first, len(config.stages)):
                 at_first = resumed if number == first else None
                 _train_stage(config, number, at_first, run, accelerator, stop, check_memory=check_memory)

@@ -21,26 +21,8 @@ import yaml
 from mmit.config import ConfigError
 from mmit.training import checkpoint
 from mmit.training.checkpoint import Checkpoint
+from mmit.training.identity import compare
 
-FREE_TO_CHANGE = {
-    "output",
-    "workers",
-    "threads",
-    "cache",
-    "device",
-    "save",
-    "eval",
-    "stages",
-    "parallel",
-    "offload",
-    "compile",
-    "trackers",
-}
-FREE_TO_CHANGE |= {"remote_cache_gb"}
-FREE_IN_STAGE = {
-    *("row_tokens", "row_images", "gradient_checkpointing"),
-    *("on_bad_sample", "max_skipped", "skip_nonfinite"),
-}
 PACKAGES = ("mmit", "torch", "transformers", "open_clip_torch", "peft", "accelerate", "tokenizers", "pillow")
 
 
@@ -115,6 +97,10 @@ class RunDirectory:
         self.final = folder / "final"
         self.preempted = folder / "PREEMPTED"
         """Left by an interrupted run under torchrun, whose exit code says nothing."""
+        self.moved: list[str] = []
+        """Keys of the config under which what has begun reads from other places than it did."""
+        self._begun = folder / ".begun.yaml"
+        self._asked = ""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -138,20 +124,29 @@ class RunDirectory:
             os.close(descriptor)
 
     def begin(self, asked: str) -> None:
-        """Stores the config (YAML) and the environment; ConfigError if a begun stage was asked for differently."""
-        file, begun = self.folder / "config.yaml", self.folder / ".begun.yaml"
+        """Stores the config (YAML) and the environment; ConfigError if a begun stage was asked for differently. A
+        config that reads from other places (`moved`) is stored by `settle`, once the same was found there."""
+        file = self.folder / "config.yaml"
         # Compared with a copy of our own: whoever edits the config.yaml of a run and trains it again asks for changes.
-        if (before := begun if begun.exists() else file).exists():
-            self._refuse_changes(yaml.safe_load(before.read_text(encoding="utf-8")), yaml.safe_load(asked))
+        if (before := self._begun if self._begun.exists() else file).exists():
+            self.moved = self._refuse_changes(yaml.safe_load(before.read_text(encoding="utf-8")), yaml.safe_load(asked))
         environment = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
         packages = {name: version(name) for name in PACKAGES}
+        self._asked = asked
+        if not self.moved:
+            self.settle()
         with _told(self.folder):
-            write(begun, asked.encode())
-            write(file, asked.encode())
             write(self.folder / "environment.json", json.dumps(environment | {"packages": packages}, indent=1).encode())
             self.preempted.unlink(missing_ok=True)
             for name in ("metrics.jsonl", "skipped.jsonl", "answers.jsonl"):
                 _drop_torn_line(self.folder / name)
+
+    def settle(self) -> None:
+        """Stores the config that `begin` was given."""
+        with _told(self.folder):
+            for file in (self._begun, self.folder / "config.yaml"):
+                write(file, self._asked.encode())
+        self.moved = []
 
     def checkpoint(self, stage: str, step: int) -> Path:
         return self.checkpoints / f"{stage}-step-{step}"
@@ -159,38 +154,20 @@ class RunDirectory:
     def newest(self, stage: str) -> Checkpoint | None:
         return checkpoint.newest(self.checkpoints, stage)
 
-    def _refuse_changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        old_stages = {stage["name"]: stage for stage in before.get("stages", [])}
-        names = [stage["name"] for stage in now["stages"]]
-        begun = [name for name in old_stages if checkpoint.has_begun(self.checkpoints, name)]
+    def _refuse_changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        """The keys under which begun stages read from other places now; ConfigError for what else is different."""
+        names = [stage["name"] for stage in before["stages"]]
+        begun = [name for name in names if checkpoint.has_begun(self.checkpoints, name)]
         if not begun:
-            return
-        found = list(_differences(before, now, FREE_TO_CHANGE, ""))
-        found += _differences(_holdout(before), _holdout(now), set(), "eval.holdout.")  # decides what is trained on
-        for place, name in enumerate(begun):
-            if place >= len(names) or names[place] != name:
-                found.append(f"stages: {name!r} has begun and was stage {place + 1}, now {names}")
-            else:
-                found += _differences(old_stages[name], now["stages"][place], FREE_IN_STAGE, f"stages.{name}.")
-        if found:
+            return []
+        differences, moved = compare(before, now, begun)
+        if differences:
             raise ConfigError(
                 f"{self.folder} holds a run that has begun with other settings:\n  "
-                + "\n  ".join(found)
+                + "\n  ".join(differences)
                 + "\nset them back to go on with it, or name another output"
             )
-
-
-def _holdout(tree: Mapping[str, Any]) -> Any:
-    return (tree.get("eval") or {}).get("holdout")
-
-
-def _differences(before: Any, now: Any, free: set[str], path: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted((before.keys() | now.keys()) - free):
-            if before.get(key) != now.get(key):
-                yield from _differences(before.get(key), now.get(key), set(), f"{path}{key}.")
-    elif before != now:
-        yield f"{path.rstrip('.')}: was {before!r}, now {now!r}"
+        return moved
 
 
 def write(file: Path, content: bytes) -> None:

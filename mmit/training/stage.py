@@ -98,6 +98,7 @@ def prepare(
     model = parallel.spread(assembly.vlm, config.parallel, accelerator, offload=config.offload)
     optimizer = build_optimizer(assembly, stage)
     progress = state.resume(assembly, optimizer, resumed, data) if resumed is not None else Progress()
+    parallel.on_main(accelerator, lambda: run.settle() if run.moved else None)
     with accelerator.autocast(), compiling():
         probe_isolation(assembly.vlm, device, through=model)
         assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device, through=model) else None

@@ -7,21 +7,25 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from tokenizers import Tokenizer
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import AutoConfig
 
 from mmit.config import Config, ConfigError, Lora
+from mmit.data.cache import cache_folder
 from mmit.model.build import Assembly, add_lora, assemble, check_sources, merge_lora, pinned, restore
+from mmit.model.sources import chat_format
 from mmit.training import checkpoint, parallel
 from mmit.training.checkpoint import Checkpoint
-from mmit.training.data import StageData, rendering_of
+from mmit.training.data import StageData, fingerprints_of, rendering_of
 from mmit.training.run import RunDirectory
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -60,6 +64,25 @@ def where_to_go_on(config: Config, run: RunDirectory) -> tuple[int, Checkpoint |
     return 0, None
 
 
+def check_moved_data(config: Config, run: RunDirectory) -> None:
+    """ConfigError if begun stages name other samples elsewhere, those of a finished stage too."""
+    for stage in config.stages:
+        if any(key.startswith(f"stages.{stage.name}.") for key in run.moved):
+            found = run.newest(stage.name)
+            if found is not None:
+                _check_data(found, fingerprints_of(config, stage, cache_folder(config.cache)))
+
+
+def _check_data(found: Checkpoint, fingerprints: Mapping[str, str]) -> None:
+    before = found.state["data"]
+    changed = [title for title, fingerprint in fingerprints.items() if before.get(title) != fingerprint]
+    if changed:
+        raise ConfigError(
+            f"{found.folder}: the data of the stage has changed since (sources {', '.join(changed)}); put it back, or "
+            f"name another output"
+        )
+
+
 def finished_before(config: Config, number: int, run: RunDirectory) -> Checkpoint | None:
     """What stage `number` starts from: the finished checkpoint of the one before, None for the first."""
     if number == 0:
@@ -81,6 +104,7 @@ def start(config: Config, number: int, origin: Checkpoint | None, cache: Path) -
     assembly = assemble(model, seed=config.seed, cache=cache)
     if origin is not None:
         check_sources(origin.state["model"]["sources"], assembly, str(origin.folder))
+        _check_described(origin, assembly)
         lora = origin.state["model"]["lora"]
         if lora is not None:
             add_lora(assembly, Lora(**lora), seed=config.seed)
@@ -94,14 +118,45 @@ def start(config: Config, number: int, origin: Checkpoint | None, cache: Path) -
     return assembly
 
 
+def _check_described(origin: Checkpoint, assembly: Assembly) -> None:
+    """ConfigError for other ids or another computation beside the same weights, whose files sources do not hold."""
+    # Not by way of transformers, which rebuilds some tokenizers from their settings.
+    before = Tokenizer.from_file(str(origin.folder / "tokenizer/tokenizer.json"))
+    if _cuts(before) != _cuts(cast(Any, assembly.tokenizer.backend_tokenizer)):
+        told = "tokenizer (tokenizer.json, tokenizer_config.json)"
+    elif _computed(AutoConfig.from_pretrained(origin.folder / "language")) != _computed(assembly.vlm.language.config):
+        told = "configuration of the language model (config.json)"
+    else:
+        return
+    raise ConfigError(f"{origin.folder}: the {told} is another one now; put its files back, or name another output")
+
+
+def _cuts(tokenizer: Tokenizer) -> str:
+    tokenizer.no_truncation()  # as every call without them does
+    tokenizer.no_padding()
+    return tokenizer.to_str()
+
+
+def _computed(config: Any) -> dict[str, Any]:
+    """A configuration without what says nothing of results."""
+    silent = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
+    told = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in told.items() if key not in silent}
+
+
 def resume(assembly: Assembly, optimizer: torch.optim.Optimizer, found: Checkpoint, data: StageData) -> Progress:
     """Puts the optimizer back; returns how far the stage was. ConfigError names a source whose samples have changed."""
-    before = found.state["data"]
-    changed = [title for title, fingerprint in data.fingerprints.items() if before.get(title) != fingerprint]
-    if changed or found.state["total"] != data.total:
+    _check_data(found, data.fingerprints)
+    if found.state["total"] != data.total:
         raise ConfigError(
-            f"{found.folder}: the data of the stage has changed since (sources {changed or 'same'}; now {data.total} "
-            f"steps, then {found.state['total']}); put it back, or name another output"
+            f"{found.folder}: the stage had {found.state['total']} steps, and now {data.total}; put its settings and "
+            f"data back, or name another output"
+        )
+    chat = data.training.encoders[0].rendering.chat
+    if chat.format != chat_format(found.state["model"]["chat"]):
+        raise ConfigError(
+            f"{found.folder}: the chat format is another one now, learned from another template of the tokenizer; put "
+            f"the tokenizer's files back, or name another output"
         )
     flat = get_optimizer_state_dict(assembly.vlm, optimizer, options=FLAT)
     checkpoint.read_shards(found, moments(flat))

@@ -252,7 +252,7 @@ def test_changed_shards_are_refused(tmp_path: Path) -> None:
     folder.rmdir()
     shards(folder, [written(number + 1) for number in range(12)])
     assert ended(start(wanted)) == 2
-    assert "the data of the stage has changed since (sources ['data']" in said(wanted)
+    assert "the data of the stage has changed since (sources data)" in said(wanted)
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path, texts: Path) -> None:
