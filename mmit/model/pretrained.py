@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import torch
@@ -99,7 +100,31 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer = from_hub(load, "tokenizer", name)
     if not tokenizer.is_fast:
         raise ConfigError(f"{name}: its tokenizer has no fast version (tokenizer.json), which mmit needs")
+    # transformers 5 takes this setting and does not write it: a tokenizer of Llama 2's day would lose the space before
+    # texts behind a control token once it is saved. Needless when `save_pretrained` writes it itself.
+    if vars(tokenizer).get("legacy"):
+        tokenizer.init_kwargs["legacy"] = True
     return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def check_it_survives(tokenizer: PreTrainedTokenizerFast) -> None:
+    """ConfigError unless the tokenizer is the same once it was saved: inference and exports load that one, whose
+    prompts must be those of training."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        if steps_of(load_tokenizer(folder).backend_tokenizer) != steps_of(tokenizer.backend_tokenizer):
+            raise ConfigError(
+                f"model.language: transformers makes another tokenizer of the saved {type(tokenizer).__name__} than it "
+                f'was; write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json, with which '
+                f"its tokenizer.json is taken as it is"
+            )
+
+
+def steps_of(backend: Any) -> str:
+    """All that decides the ids of a text, of a tokenizer of the tokenizers library."""
+    backend.no_truncation()  # as every call without them does
+    backend.no_padding()
+    return backend.to_str()
 
 
 def has_file(name: str, file: str) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
 
 from mmit import config as schema
 from mmit.config import ConfigError
@@ -17,6 +16,7 @@ from mmit.data.chat import Chat
 from mmit.data.fit import PictureFit
 from mmit.model.build import Assembly, add_lora, assemble, check_sources, pinned, restore
 from mmit.model.files import read_tensors
+from mmit.model.pretrained import load_tokenizer
 from mmit.model.sources import chat_format
 
 FORMAT = 1
@@ -62,7 +62,7 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
     restore(assembly, read_tensors(folder / "model.safetensors"), str(folder))
     if not (folder / "tokenizer").is_dir():
         raise ConfigError(f"{folder}: no tokenizer/ in it; copy the folder again, whole, from where it was made")
-    assembly.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assembly.tokenizer = load_tokenizer(str(folder / "tokenizer"))
     assembly.vlm.float().eval()
     vision = assembly.vlm.vision
     return Saved(

@@ -14,6 +14,7 @@ from mmit.config import Config, Stage
 from mmit.data.cache import cache_folder
 from mmit.model.build import Assembly, check_targets, set_modes, set_trained
 from mmit.model.layers import compile_layers, compiling
+from mmit.model.pretrained import check_it_survives
 from mmit.model.probes import chunk_for, probe_embeddings, probe_head, probe_isolation
 from mmit.training import parallel, state
 from mmit.training.answers import Question
@@ -87,6 +88,7 @@ def prepare(
     )
     parallel.on_main(accelerator, lambda: _look_ahead(config, number, assembly, cache))
     if resumed is None and number == 0:
+        parallel.on_main(accelerator, lambda: check_it_survives(assembly.tokenizer))
         parallel.on_all(accelerator, lambda: initialise_projector(config, assembly, data.training))
     trained, frozen = dtypes(config, device)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from mmit.config import Config, ConfigError, Lora
 from mmit.data.cache import cache_folder
 from mmit.model.build import Assembly, add_lora, assemble, check_sources, merge_lora, pinned, restore
+from mmit.model.pretrained import steps_of
 from mmit.model.sources import chat_format
 from mmit.training import checkpoint, parallel
 from mmit.training.checkpoint import Checkpoint
@@ -122,19 +123,13 @@ def _check_described(origin: Checkpoint, assembly: Assembly) -> None:
     """ConfigError for other ids or another computation beside the same weights, whose files sources do not hold."""
     # Not by way of transformers, which rebuilds some tokenizers from their settings.
     before = Tokenizer.from_file(str(origin.folder / "tokenizer/tokenizer.json"))
-    if _cuts(before) != _cuts(cast(Any, assembly.tokenizer.backend_tokenizer)):
+    if steps_of(before) != steps_of(assembly.tokenizer.backend_tokenizer):
         told = "tokenizer (tokenizer.json, tokenizer_config.json)"
     elif _computed(AutoConfig.from_pretrained(origin.folder / "language")) != _computed(assembly.vlm.language.config):
         told = "configuration of the language model (config.json)"
     else:
         return
     raise ConfigError(f"{origin.folder}: the {told} is another one now; put its files back, or name another output")
-
-
-def _cuts(tokenizer: Tokenizer) -> str:
-    tokenizer.no_truncation()  # as every call without them does
-    tokenizer.no_padding()
-    return tokenizer.to_str()
 
 
 def _computed(config: Any) -> dict[str, Any]:

@@ -11,12 +11,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from mmit.config import ConfigError, Model, Vision
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.model.build import Assembly, assemble, pinned
+from mmit.model.pretrained import check_it_survives, load_tokenizer
 from mmit.model.vision import build_vision
+from tests.data.made_tokenizers import metaspace
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -44,10 +54,10 @@ def without(name: str) -> Callable[[Path], None]:
     return change
 
 
-def configured(**keys: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        tree = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(tree | keys))
+def configured(**keys: Any) -> Callable[..., None]:
+    def change(folder: Path, name: str = "config.json") -> None:
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(tree | keys))
 
     return change
 
@@ -274,3 +284,34 @@ def test_a_run_keeps_the_revision_of_the_hub_that_it_started_from(
         tensors = [assembly.parts()[part].state_dict() for assembly in (before, again, moved)]
         assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
         assert not all(torch.equal(tensors[0][name], tensors[2][name]) for name in tensors[0])
+
+
+# Tokenizers ----------------------------------------------------------------------------
+
+
+def like_llama(folder: Path, **settings: Any) -> Path:
+    """A tokenizer of transformers' own class, which it builds from settings and not from tokenizer.json."""
+    metaspace("prepend").save_pretrained(folder)
+    configured(tokenizer_class="LlamaTokenizer", **settings)(folder, "tokenizer_config.json")
+    return folder
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_of_llama_2_is_the_same_once_saved(legacy: bool, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(like_llama(tmp_path / "base", legacy=legacy)))
+    check_it_survives(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "run")
+    load_tokenizer(str(tmp_path / "run")).save_pretrained(tmp_path / "export")
+    again = AutoTokenizer.from_pretrained(tmp_path / "export")
+    for text in ("<s>hi</s>there", "hi there"):
+        assert again(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_tokenizer_that_transformers_alters_while_saving_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(like_llama(tmp_path / "base", legacy=True)))
+    del tokenizer.init_kwargs["legacy"]
+    with pytest.raises(ConfigError, match="makes another tokenizer of the saved LlamaTokenizer"):
+        check_it_survives(tokenizer)
+    like_llama(tmp_path / "base")
+    configured(tokenizer_class="PreTrainedTokenizerFast")(tmp_path / "base", "tokenizer_config.json")
+    check_it_survives(load_tokenizer(str(tmp_path / "base")))
