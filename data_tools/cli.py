@@ -48,7 +48,7 @@ def convert(
     """Convert a data set into shards."""
     import gc
 
-    from data_tools.convert import Settings, conversion
+    from data_tools.convert import Settings, conversion, losses
     from data_tools.convert import convert as convert_input
     from data_tools.workers import cpus
 
@@ -89,10 +89,9 @@ def convert(
     summary = conversion(out) or {}
     if before:
         print(f"{out} was converted before, so nothing is read again; remove it if pictures have changed since")
-    print(f"{out}: {len(shards)} samples in {len(shards.shard_names)} shards from {summary.get('rows')} rows", end="")
-    print(f", {summary.get('rejected')} rejected" if summary.get("rejected") else "")
-    if summary.get("without_pictures"):
-        print(f"{summary['without_pictures']} samples lost a missing picture and kept their text")
+    print(f"{out}: {len(shards)} samples in {len(shards.shard_names)} shards from {summary.get('rows')} rows")
+    for line in losses(out):
+        print(line)
     print(f"Look at them: mmit-data show {out}")
 
 

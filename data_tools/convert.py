@@ -336,6 +336,15 @@ def conversion(folder: Path) -> dict[str, Any] | None:
     return beside(folder, CONVERSION)
 
 
+def losses(folder: Path) -> Iterator[str]:
+    """What the conversion that made a shard set has left out of it, a line each."""
+    summary = conversion(folder) or {}
+    if rejected := summary.get("rejected"):
+        yield f"{rejected} of {summary['rows']} rows are rejected and left out, listed in {folder / REJECTED}"
+    if without := summary.get("without_pictures"):
+        yield f"{without} samples lost a missing picture and kept their text"
+
+
 def _judged(out: Path, plan: dict[str, Any], settings: Settings) -> ShardSet:
     """The finished set, if it is one of this plan and if all rows became samples or may be lost."""
     summary = conversion(out)

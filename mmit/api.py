@@ -127,7 +127,7 @@ def _unknown_chats(config: Config) -> Iterator[str]:
 def _converted(source: Source, cache: Path, processes: int, say: Say) -> Source:
     if source.format is None:
         return source
-    from data_tools.convert import converted
+    from data_tools.convert import converted, losses
 
     told = time.monotonic()
 
@@ -139,6 +139,8 @@ def _converted(source: Source, cache: Path, processes: int, say: Say) -> Source:
 
     folder = converted(source, cache, processes=processes, progress=progress)
     say(f"{source.title}: its shards are in {folder}")
+    for line in losses(folder):
+        say(f"{source.title}: {line}")
     update = {"shards": str(folder), "format": None, "path": None, "images": None, "options": {}, "name": source.title}
     return source.model_copy(update=update)
 

@@ -23,7 +23,8 @@ from data_tools.cli import main
 from data_tools.convert import RejectedRows, Settings, conversion, convert, converted
 from data_tools.formats import FORMATS, samples_function
 from data_tools.rows import Rejected
-from mmit.config import ConfigError, Source
+from mmit.api import with_shards
+from mmit.config import ConfigError, Source, parse_config
 from mmit.data.sample import ImagePart, Sample, SampleError, message
 from mmit.data.shards import ShardSet, verify
 from tests.tools.conftest import flat, picture_bytes, read_all
@@ -366,6 +367,30 @@ def test_a_source_with_bad_rows_stops_every_time_unless_the_config_drops_them(ph
             converted(source, tmp_path / "cache")
     dropping = source.model_copy(update={"options": {"on_bad": "drop"}})
     assert len(ShardSet(converted(dropping, tmp_path / "cache"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"on_bad": "drop", "on_missing": "drop"}, "rows.json: 2 of 5 rows are rejected and left out, listed in "),
+        ({"on_bad": "drop", "on_missing": "text-only"}, "rows.json: 1 samples lost a missing picture and kept their"),
+    ],
+)
+def test_a_run_says_each_time_what_conversion_has_left_out_of_its_source(
+    photos: Path, tmp_path: Path, options: dict[str, str], told: str
+) -> None:
+    path = rows_with(photos, 5, bad=(1,), gone=(2,))
+    source = {"llava": str(path), "images": str(photos), "options": options}
+    tree = {
+        "output": str(tmp_path / "run"),
+        "cache": str(tmp_path / "cache"),
+        "model": {"language": {"random": {}}},
+        "stages": [{"name": "sft", "data": [source], "train": {"language": {"lr": 1}}, "batch_size": 1}],
+    }
+    for _ in range(2):
+        lines: list[str] = []
+        with_shards(parse_config(tree, "config"), say=lines.append)
+        assert sum(line.startswith(told) for line in lines) == 1
 
 
 def test_synthetic_samples_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
