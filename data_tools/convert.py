@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from data_tools.album import missing, remedy_for
 from data_tools.finished import PLAN, WORK, read_record, refuse_other_files, write_whole
-from data_tools.formats import FORMATS, options_for, samples_function, samples_of
+from data_tools.formats import FORMATS, checked, options_for, samples_function, samples_of
 from data_tools.looks import need_imagehash
 from data_tools.one_shard import Outcome, one_shard, place_of, recorded
 from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
@@ -122,10 +122,7 @@ def converted(
     record = source if isinstance(source, Source) else Source.model_validate(source)
     if record.format is None or record.path is None:
         raise ConfigError("a source to convert names a format and a path, such as {llava: notes.json, images: photos/}")
-    known = Settings.__dataclass_fields__
-    options = options_for(record.format, {key: value for key, value in record.options.items() if key not in known})
-    settings = Settings(**{key: _setting(key, value) for key, value in record.options.items() if key in known})
-    settings = _named(settings, options)
+    settings, options = choices_of(record)
     path = Path(record.path)
     key = digest_of(
         {
@@ -152,14 +149,21 @@ def converted(
     return folder
 
 
+def choices_of(source: Source) -> tuple[Settings, dict[str, Any]]:
+    """The `options` of a config's source: how rows become shards, and the format's own. ConfigError for others."""
+    format, kinds = str(source.format), get_type_hints(Settings)
+    chosen = {key: value for key, value in source.options.items() if key in kinds}
+    others = {key: value for key, value in source.options.items() if key not in kinds}
+    settings = Settings(**{key: checked(format, key, value, kinds[key]) for key, value in chosen.items()})
+    _check(settings, 1, None)
+    options = options_for(format, others, beside=kinds)
+    return _named(settings, options), options
+
+
 def _named(settings: Settings, options: Mapping[str, Any]) -> Settings:
     """One of several data sets in a folder gives its samples its own name, not that of the folder."""
     chosen = plain_name(str(options.get("dataset", "")))
     return replace(settings, source=chosen) if chosen and settings.source is None else settings
-
-
-def _setting(key: str, value: Any) -> Any:
-    return tuple(value) if key == "window" and isinstance(value, list) else value
 
 
 def _check(settings: Settings, processes: int, part: tuple[int, int] | None) -> None:

@@ -35,6 +35,7 @@ def train(
         tree = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
         config = parse_config(tree, "config", overrides)
     check_names(config)
+    check_places(config)
     from mmit.training.loop import train as run  # the seconds of torch and transformers, once the config is right
 
     say: Say = partial(print, flush=True) if os.environ.get("RANK", "0") == "0" else _nothing
@@ -81,7 +82,8 @@ def with_shards(config: Config, *, processes: int = 1, say: Say = _nothing) -> C
 
 
 def check_names(config: Config) -> None:
-    """ConfigError, before any weights are read, for formats, projectors, metrics and trackers that are not known."""
+    """ConfigError, before any weights are read, for formats, their options, projectors, metrics and trackers that are
+    not known."""
     faults = [*_unknown_formats(config), *_unknown_chats(config)]
     if config.model.projector is not None and config.model.projector.kind not in ("linear", "mlp"):
         from mmit.model.projector import projector_class
@@ -100,16 +102,56 @@ def check_names(config: Config) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def _unknown_formats(config: Config) -> Iterator[str]:
+def check_places(config: Config) -> None:
+    """ConfigError, before hours go into the first conversion, for files and folders that are not there, all of them."""
+    faults = list(_absent(config))
+    folder = Path(config.output).absolute()
+    held = next(place for place in (folder, *folder.parents) if place.exists())
+    if not held.is_dir():
+        faults.append(f"output: {config.output} cannot be written: {held} is a file; name a folder")
+    elif not os.access(held, os.W_OK | os.X_OK):
+        faults.append(f"output: {config.output} cannot be written: you may not write into {held}; name another")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _absent(config: Config) -> Iterator[str]:
     from data_tools.formats import FORMATS
 
+    for where, source in _sources(config):
+        made = source.format in FORMATS and FORMATS[source.format].from_nothing
+        if source.path is not None and not made and not Path(source.path).exists():
+            yield f"{where}: {source.path}: no such file or folder (relative ones start in {Path.cwd()})"
+        if source.images is not None and not Path(source.images).is_dir():
+            yield f"{where}: {source.images}: no such folder; `images` names the one below which the pictures lie"
+        if source.shards is not None and "://" not in source.shards and not Path(source.shards).is_dir():
+            yield f"{where}: {source.shards}: no such folder of shards (relative ones start in {Path.cwd()})"
+    model = config.model
+    named = {"from": model.source, "language": model.language, "vision.name": model.vision and model.vision.name}
+    for key, name in named.items():
+        if isinstance(name, str) and name.startswith((".", "/")) and not Path(name).exists():
+            yield f"model.{key}: {name}: no such folder; name one that holds a model's files, or a hub model"
+
+
+def _sources(config: Config) -> list[tuple[str, Source]]:
     sources = [(f"stages.{stage.name}.data", source) for stage in config.stages for source in stage.data]
-    sources += [("eval.data", source) for source in (config.eval.data if config.eval is not None else ())]
-    for where, source in sources:
+    return sources + [("eval.data", source) for source in (config.eval.data if config.eval is not None else ())]
+
+
+def _unknown_formats(config: Config) -> Iterator[str]:
+    from data_tools.convert import choices_of
+    from data_tools.formats import FORMATS
+
+    for where, source in _sources(config):
         if source.format is not None and source.format not in FORMATS and ":" not in source.format:
             advice = suggest(source.format, sorted(FORMATS))
             detect = f"; `mmit-data detect {source.path}` tells what it is" if advice.startswith("known: ") else ""
             yield f"{where}: {source.format!r} is not a format; {advice}{detect}"
+        elif source.format is not None:
+            try:
+                choices_of(source)
+            except ConfigError as error:
+                yield f"{where}: {error}"
 
 
 def _unknown_chats(config: Config) -> Iterator[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -105,8 +105,11 @@ def samples_function(name: str) -> Samples:
     return importlib.import_module(f"data_tools.formats.{FORMATS[name].module}").samples
 
 
-def options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of the format, the given ones and the defaults; unknown names are refused by name."""
+def options_for(name: str, options: Mapping[str, Any], beside: Iterable[str] = ()) -> dict[str, Any]:
+    """All options of the format, the given ones and the defaults; unknown names are refused by name.
+
+    `beside`: what else may stand where these options were written.
+    """
     parameters = inspect.signature(samples_function(name)).parameters
     known = {
         key: parameter.default
@@ -118,12 +121,13 @@ def options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(samples_function(name)) if name in FORMATS else {}
     for key, value in options.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            names = [*known, *beside]
+            near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(
-                f"format {name}: unknown option {key!r}; {hint}It takes {', '.join(known) or 'no options'}"
+                f"format {name}: unknown option {key!r}; {hint}It takes {', '.join(names) or 'no options'}"
             )
-        given[key] = _checked(name, key, value, hints.get(key, Any))
+        given[key] = checked(name, key, value, hints.get(key, Any))
     merged = {key: given.get(key, default) for key, default in known.items()}
     needed = [key for key, value in merged.items() if value is inspect.Parameter.empty]
     if needed:
@@ -131,7 +135,8 @@ def options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _checked(format: str, key: str, value: Any, kind: Any) -> Any:
+def checked(format: str, key: str, value: Any, kind: Any) -> Any:
+    """The value of an option as its kind has it, `ConfigError` if it is of another."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -148,4 +153,4 @@ def samples_of(name: str, path: Path, images: Path | None, options: Mapping[str,
     return function(path, images, **options_for(name, options))
 
 
-__all__ = ["FORMATS", "Format", "Sample", "options_for", "samples_function", "samples_of"]
+__all__ = ["FORMATS", "Format", "Sample", "checked", "options_for", "samples_function", "samples_of"]

@@ -547,6 +547,24 @@ def test_a_format_that_is_to_be_guessed_is_answered_with_the_command_that_guesse
         check_names(config)
 
 
+def test_options_of_all_sources_are_checked_before_the_first_is_converted() -> None:
+    first = "stages.align.data=[{llava: a.json, options: {on_mising: drop}}]"
+    second = "stages.sft.data=[{llava: b.json, options: {on_bad: skip}}]"
+    config = parse_config(good(), "run.yaml", [first, second])
+    with pytest.raises(ConfigError, match=r"(?s)align.*did you mean on_missing.*sft.*on_bad is 'skip'"):
+        check_names(config)
+
+
+def test_all_places_are_looked_for_before_the_first_source_is_converted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    data = f"[{{llava: {tmp_path}/gone.json, images: {tmp_path}/photos}}, {{shards: {tmp_path}/shards}}]"
+    changes = [f"stages.sft.data={data}", f"output={tmp_path}/file/run", f"model.language={tmp_path}/llm"]
+    with pytest.raises(ConfigError) as caught:
+        train(parse_config(good(), "run.yaml", [*changes, "stages.align.data=[{synthetic: captions}]"]))
+    wanted = ("gone.json: no such", "photos: no such", "shards: no such", "file is a file", "llm: no such")
+    assert [place for place in wanted if place not in str(caught.value)] == []
+
+
 def test_the_installed_command_ends_so_too(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "mmit", "config", "nowhere.yaml"], capture_output=True, text=True, cwd=tmp_path
