@@ -24,6 +24,8 @@ ELSEWHERE = {
     **dict.fromkeys(("template", "chat_template", "version"), "chat"),
     **dict.fromkeys(("flash_attn", "attn_implementation"), "attention"),
     **dict.fromkeys(("dataset", "datasets", "data_path", "train_file"), "data: [{FORMAT: PATH}] of a stage"),
+    "dataset_dir": "data: [{llamafactory: FOLDER, options: {dataset: NAME}}] of a stage",
+    **dict.fromkeys(("mix_strategy", "interleave_probs", "dataset_weights"), "repeat"),
     **dict.fromkeys(("image_folder", "image_dir", "media_dir"), "images"),
     **dict.fromkeys(("max_samples", "max_train_samples"), "limit"),
     "image_aspect_ratio": "pictures",
@@ -53,9 +55,72 @@ ELSEWHERE = {
     **dict.fromkeys(("deepspeed", "fsdp"), "parallel"),
     "torch_compile": "compile",
     "dataloader_num_workers": "workers",
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy", "do_eval"), "eval.every"),
+    "load_best_model_at_end": "eval.keep_best",
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "betas"),
+    **dict.fromkeys(("new_special_tokens", "add_special_tokens"), "add_tokens"),
+    **dict.fromkeys(("image_max_pixels", "image_min_pixels", "image_resolution"), "side"),
+    **dict.fromkeys(
+        (
+            *("freeze", "freeze_backbone", "freeze_vision_tower", "freeze_multi_modal_projector"),
+            *("freeze_language_model", "train_mm_proj_only", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter"),
+        ),
+        "train of a stage, which names the parts that learn; all others stay frozen",
+    ),
     "resume_from_checkpoint": "the same command again, which goes on by itself",
 }
 """What keys of other trainers are called here."""
+
+NEEDLESS = {
+    word: why
+    for words, why in (
+        (
+            "packing neat_packing sample_packing padding_free group_by_length group_by_modality_length",
+            "rows are always packed, without padding, and no sample sees another",
+        ),
+        (
+            "completion_only_loss assistant_only_loss train_on_responses_only train_on_prompt train_on_inputs "
+            "train_on_input mask_prompt prompt_loss_weight",
+            "the assistant's messages are learned and nothing else, unless a message of the data says `train` itself",
+        ),
+        (
+            "mask_history train_on_last_turn_only last_turn_only",
+            "every answer of a conversation is learned, but those whose messages in the data say `train: false`",
+        ),
+        (
+            "quantization quantization_bit quantization_method load_in_4bit load_in_8bit bits qlora "
+            "bnb_4bit_quant_type bnb_4bit_compute_dtype double_quantization",
+            "quantized weights are not trained; a lora, small row_tokens, gradient_checkpointing and `parallel: fsdp` "
+            "save memory",
+        ),
+        (
+            "modules_to_save additional_target bias lora_bias use_dora use_rslora task_type",
+            "an adapter here has rank, alpha, dropout and targets, and no more",
+        ),
+        ("optim optimizer adam_epsilon", "AdamW trains, with betas and weight_decay of a stage"),
+        ("shuffle shuffle_dataset", "every epoch has an order of its own, drawn by the seed"),
+        ("streaming", "data is read as it is needed; `order: window` of a stage is for sets larger than the disk"),
+        ("logging_steps logging_strategy logging_dir plot_loss", "metrics.jsonl has a line for every step"),
+        (
+            "overwrite_output_dir overwrite_cache",
+            "nothing is overwritten; another `output` begins anew, and changed data is converted anew",
+        ),
+        ("preprocessing_num_workers dataset_num_proc", "data is converted by all processors"),
+        ("eos_token pad_token", "the chat format says how an answer ends, and nothing is padded"),
+        ("trust_remote_code", "no code that comes with a model is run"),
+        (
+            "do_train do_predict predict_with_generate per_device_eval_batch_size eval_accumulation_steps ddp_timeout "
+            "ddp_find_unused_parameters remove_unused_columns dataset_text_field tf32 use_unsloth enable_liger_kernel "
+            "use_liger_kernel torch_compile neftune_noise_alpha",
+            "nothing here answers to it",
+        ),
+    )
+    for word in words.split()
+}
+"""Keys of other trainers for which there is none here, and why."""
+
+
+SOURCE = "{llava: notes.json, images: photos/}"
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -94,6 +159,10 @@ def explain(error: ValidationError, tree: Any, root: type[BaseModel]) -> Iterato
                 text = "is missing"
             case "value_error":
                 text = fault["msg"].removeprefix("Value error, ")
+            case "list_type" if path[-1:] == ["data"]:
+                text, found = f"expected a list of sources, such as [{SOURCE}]", f"{fault['input']!r:.80}"
+            case "model_type" if path[-2:-1] == ["data"]:
+                text, found = f"expected a source, such as {SOURCE}", f"{fault['input']!r:.80}"
             case "model_type":
                 inside = [model for model in models if model.__name__ == fault.get("ctx", {}).get("class_name")]
                 text, found = (
@@ -115,6 +184,8 @@ def _advice(key: str, known: Sequence[str], root: type[BaseModel]) -> str:
     if key in ELSEWHERE:
         own = ELSEWHERE[key]
         return f"here it is {own if own in known else places.get(own, own)}"
+    if key in NEEDLESS:
+        return f"leave it out: {NEEDLESS[key]}"
     advice = suggest(key, known)
     return f"its place is {places[key]}" if advice.startswith("known: ") and key in places else advice
 

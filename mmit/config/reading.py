@@ -32,7 +32,9 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file}: no such file; recipes to copy lie in {recipes()}") from None
     except IsADirectoryError:
         raise ConfigError(f"{file}: is a folder; name its config, {file / 'config.yaml'}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: cannot be read as text; save it as UTF-8, or name a YAML file") from None
+    except OSError as error:
         raise ConfigError(f"{file}: cannot be read as text ({error}); name a YAML file") from None
     try:
         loader = _Yaml(text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mmit.config.faults import ELSEWHERE
+from mmit.config.faults import ELSEWHERE, NEEDLESS
 
 
 def _number(value: Any) -> Any:
@@ -46,7 +47,18 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+
+def _placed(value: str) -> str:
+    if "://" not in value and re.search(r"\$\{?[A-Za-z_]", value):
+        raise ValueError(
+            f"{value}: variables are not filled in here; write the path itself, or give the key on the command line, "
+            f"where the shell fills them in"
+        )
+    return os.path.expanduser(value)
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_placed)]
 """A path, hub name or address."""
 
 
@@ -71,7 +83,7 @@ class RandomLanguage(Section):
 
 class Vision(Section):
     library: Literal["open_clip", "transformers"]
-    name: Annotated[str, AfterValidator(os.path.expanduser)] = ""
+    name: Annotated[str, AfterValidator(_placed)] = ""
     """Model name (open_clip), hub name or folder (transformers)."""
     pretrained: Place | None = None
     """open_clip: the tag or file of the weights, unless `name` is hf-hub:NAME or local-dir:FOLDER, which hold them.
@@ -183,7 +195,7 @@ class Source(Section):
         other = [
             key
             for key in tree
-            if not (key in cls.model_fields or key in ELSEWHERE)
+            if not (key in cls.model_fields or key in ELSEWHERE or key in NEEDLESS)
             and not difflib.get_close_matches(str(key), cls.model_fields, cutoff=0.8)
         ]
         origins = [str(key) for key in tree if key == "shards" or (key in other and isinstance(tree[key], str))]

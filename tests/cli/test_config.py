@@ -339,7 +339,7 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], object]:
         ),
         ("stages/0/data/0", {}, ["stages.0.data.0: write either `shards: FOLDER` or `FORMAT: PATH`"]),
         ("stages/0/data/0", {"shards": "x", "images": "y"}, ["stages.0.data.0: `images` and `options` belong to a"]),
-        ("stages/0/data/0", "x", ["stages.0.data.0: expected keys of its own (format, images, limit, name"]),
+        ("stages/0/data/0", "x", ["stages.0.data.0: expected a source, such as {llava: notes.json"]),
         # One thing against another
         ("model", {"from": "runs/x"}, ["(the whole file): model.from is the `output` of this very run"]),
         ("model/vision", None, ["(the whole file): stage 'align' trains", "(the whole file): stage 'sft' trains"]),
@@ -392,12 +392,53 @@ def test_the_keys_of_a_llama_factory_file_are_answered_with_the_places_of_ours()
         "template: unknown key; here it is model.chat",
         "finetuning_type: unknown key; here it is stages.NAME.train.language.lora",
         "lora_rank: unknown key; here it is stages.NAME.train.language.lora.rank",
-        f"do_train: unknown key; known: {', '.join(sorted(Config.model_fields))}",
+        "do_train: unknown key; leave it out: nothing here answers to it",
         "cutoff_len: unknown key; here it is stages.NAME.max_tokens",
         "val_size: unknown key; here it is eval.holdout.fraction",
         "eval_steps: unknown key; here it is eval.every",
-        "logging_steps: unknown key",
+        "logging_steps: unknown key; leave it out: metrics.jsonl has a line for every step",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("neat_packing", "rows are always packed"),
+        ("completion_only_loss", "the assistant's messages are learned and nothing else"),
+        ("mask_history", "every answer of a conversation is learned"),
+        ("load_in_4bit", "quantized weights are not trained"),
+        ("overwrite_cache", "nothing is overwritten"),
+        ("eos_token", "the chat format says how an answer ends"),
+    ],
+)
+def test_a_key_of_other_trainers_that_is_not_needed_is_answered_with_the_reason(key: str, told: str) -> None:
+    """Three of these were answered with a near key of ours that means something else."""
+    (line,) = faults(nothing, f"stages.sft.{key}=true")
+    assert line.startswith(f"stages.1.{key}: unknown key; leave it out: {told}")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("notes.json", "stages.1.data: expected a list of sources, such as [{llava: notes.json, images: photos/}]"),
+        ("{llava: notes.json}", "stages.1.data: expected a list of sources, such as"),
+        ("[notes.json]", "stages.1.data.0: expected a source, such as {llava: notes.json, images: photos/}; found"),
+    ],
+)
+def test_data_that_is_no_list_of_sources_is_answered_with_one(value: str, told: str) -> None:
+    (line,) = faults(nothing, f"stages.sft.data={value}")
+    assert line.startswith(told)
+
+
+@pytest.mark.parametrize("value", ["$HOME/run", "${HOME}/run", "runs/$USER"])
+def test_a_variable_of_the_shell_in_a_path_is_refused_and_makes_no_folder_of_that_name(value: str) -> None:
+    (line,) = faults(nothing, f"output={json.dumps(value)}")
+    assert line.startswith(f"output: {value}: variables are not filled in here; write the path itself, or give")
+
+
+def test_an_address_may_hold_a_dollar() -> None:
+    config = parse_config(good(), "run.yaml", ["stages.sft.data=[{shards: 'https://host/set?a=$b'}]"])
+    assert config.stages[1].data[0].shards == "https://host/set?a=$b"
 
 
 def test_a_key_in_the_wrong_section_is_answered_with_its_place() -> None:
