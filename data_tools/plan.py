@@ -19,7 +19,7 @@ from data_tools.rows import files_below
 from mmit.config import ConfigError
 from mmit.data.shard_index import UNFINISHED
 
-VERSION = 2
+VERSION = 3
 """Raised when the same input and options give other samples than before, so that caches are made anew."""
 
 OnMissing = Literal["error", "drop", "text-only"]

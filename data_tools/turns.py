@@ -206,6 +206,15 @@ def refuse_unwanted(record: Mapping[str, Any], where: str, *keys: str) -> None:
             raise SampleError(f"{where}: its {key} is false; an answer that is not wanted is nothing to learn")
 
 
+def refuse_unanswered(record: Mapping[str, Any], turns: Sequence[Said | Turn], where: str) -> None:
+    """`SampleError` for a ranking whose turns end before the answers: what is learned would be those before alone."""
+    if record.get("chosen") and turns and turns[-1].role != "assistant":
+        raise SampleError(
+            f"{where}: its answer is in chosen, which is not read here; convert rankings with the format llamafactory, "
+            f"or put the answer at the end of the turns"
+        )
+
+
 def refuse_media(record: Mapping[str, Any], where: str, *kinds: str) -> None:
     """`SampleError` for a row that shows what this format does not read (`image`, `video`, `audio`)."""
     remedy = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.rows import Rejected, Row, each, fields, records, text_field
-from data_tools.turns import Turn, refuse_media, said, sample_of, text_of
+from data_tools.turns import Turn, refuse_media, refuse_unwanted, said, sample_of, text_of
 from mmit.data.sample import Sample, SampleError
 
 QUESTION = ("instruction", "problem", "prompt", "query")
@@ -26,6 +26,7 @@ def samples(
     def sample(row: Row) -> Sample:
         record = fields(row)
         refuse_media(record, row.where, "image", "video", "audio")
+        refuse_unwanted(record, row.where, "label", "kto_tag")
         messages: list[Turn] = []
         if record.get("system"):
             messages.append(said("system", text_of(record["system"], row.where)))

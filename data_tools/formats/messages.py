@@ -26,6 +26,7 @@ from data_tools.turns import (
     first_shown,
     pictures_named,
     refuse_media,
+    refuse_unanswered,
     refuse_unwanted,
     role_of,
     sample_of,
@@ -85,10 +86,11 @@ def parts_of_row(
 ) -> tuple[list[Turn], list[Picture]]:
     """The turns of a row with its pictures in the order of their places."""
     refuse_media(record, where, "audio")
-    refuse_unwanted(record, where, "label")
+    refuse_unwanted(record, where, "label", "kto_tag")
     names = {kind: pictures_named(record, where, kind=kind) for kind in ("image", "video")}
     reader = _Reader(album, where, names, places)
     turns = [reader.turn(item, number) for number, item in enumerate(_messages(record, where))]
+    refuse_unanswered(record, turns, where)
     turns = told_first(turns, where, system=record.get("system"), tools=record.get("tools") or record.get("functions"))
     for kind, marker in (("video", places.video_marker), ("image", places.marker)):
         named, used = len(names[kind]), reader.used[kind]

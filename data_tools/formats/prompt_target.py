@@ -1,7 +1,7 @@
 """Prompt and target as two fields: FLAN and xP3 dumps, P3, Orca, Dolly-like tables, seq2seq files.
 
 Read under the names these sets use; `prompt` and `target` name others. A list of targets: the first is taken. P3 rows
-whose `is_correct` is false are wrong answers and are rejected.
+whose `is_correct` is false are wrong answers and are rejected, and so are those of a false `label` or `kto_tag`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.rows import Rejected, Row, each, field, fields, records
-from data_tools.turns import Turn, refuse_media, said, sample_of, text_of
-from mmit.data.sample import Sample, SampleError
+from data_tools.turns import Turn, refuse_media, refuse_unwanted, said, sample_of, text_of
+from mmit.data.sample import Sample
 
 PROMPTS = ("inputs_pretokenized", "prompt", "inputs", "question", "input", "source", "src", "text_in")
 TARGETS = ("targets_pretokenized", "completion", "targets", "response", "output", "target", "answer", "tgt", "seq_out")
@@ -27,8 +27,7 @@ def samples(
     def sample(row: Row) -> Sample:
         record = fields(row)
         refuse_media(record, row.where, "image", "video", "audio")
-        if record.get("is_correct") is False:
-            raise SampleError(f"{row.where}: is_correct is false; a wrong answer is nothing to learn")
+        refuse_unwanted(record, row.where, "is_correct", "label", "kto_tag")
         answer = field(row, *([target] if target else TARGETS))
         if isinstance(answer, list) and answer:
             answer = answer[0]

@@ -18,6 +18,8 @@ from data_tools.turns import (
     pictures_named,
     place_pictures,
     refuse_media,
+    refuse_unanswered,
+    refuse_unwanted,
     sample_of,
     text_of,
     told_first,
@@ -39,8 +41,10 @@ def samples(
     def sample(row: Row) -> Sample:
         record = fields(row)
         refuse_media(record, row.where, "video", "audio")
+        refuse_unwanted(record, row.where, "label", "kto_tag")
         listed = field(row, "conversations", "conversation", "messages", "items")
         turns = _pairs(listed, row.where) or valued_turns(listed, row.where)
+        refuse_unanswered(record, turns, row.where)
         names = pictures_named(record, row.where)
         # Without pictures a marker is a word: chats of the web speak of HTML.
         placed = place_pictures(turns, len(names), row.where, unmarked=unmarked, markers="text")

@@ -164,12 +164,24 @@ def test_a_text_format_drops_no_picture(run: Converter, format: str, row: dict[s
     [
         ("trl", {"prompt": "q", "completion": "a", "label": False}),
         ("ms-swift", {"messages": messages(), "label": False}),
+        ("sharegpt", {"conversations": turns(), "label": False}),
+        ("alpaca", {"instruction": "q", "output": "a", "label": False}),
+        ("prompt-target", {"prompt": "q", "completion": "a", "label": False}),
     ],
 )
 def test_an_answer_that_people_did_not_want_is_not_learned(run: Converter, format: str, row: dict[str, Any]) -> None:
     with pytest.raises(RejectedRows, match="label is false"):
         run(format, [row])
     assert len(run(format, [row | {"label": True}])) == 1
+
+
+@pytest.mark.parametrize("format", ["sharegpt", "messages"])
+def test_a_conversation_whose_answer_is_in_chosen_is_not_learned_without_it(run: Converter, format: str) -> None:
+    asked = [*messages(), {"role": "user", "content": "again?"}]
+    row = {"messages": asked, "chosen": {"role": "assistant", "content": "good"}, "rejected": {"content": "bad"}}
+    with pytest.raises(RejectedRows, match=r"its answer is in chosen.*llamafactory"):
+        run(format, [row])
+    assert len(run(format, [row | {"messages": messages()}])) == 1, "as sets hold it beside the whole conversation"
 
 
 # ms-swift ------------------------------------------------------------------------------------------------------------
