@@ -18,6 +18,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Album:
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}: no such folder; --images names the folder below which the pictures lie")
         self.root = root.resolve() if root is not None else None
+        self.given = str(root.absolute()) if root is not None else ""
         real_folder.cache_clear()  # what an earlier input saw may have become a link since
         self.prefix = prefix
 
@@ -83,6 +85,13 @@ class Album:
         if self.root is None:
             raise SampleError(f"{where}: the row names the picture {name!r}; say with --images which folder holds it")
         inside = name.removeprefix(self.prefix)
+        for root in {str(self.root), self.given}:
+            if inside.startswith(below := os.path.join(root, "")):
+                raise SampleError(
+                    f"{where}: the picture {name!r} is named by a whole path; write it below the images folder, or "
+                    f"take the beginning away with --set image_prefix={self.prefix}{below} (in a config: options: "
+                    f"{{image_prefix: {self.prefix}{below}}})"
+                )
         if os.path.isabs(inside) or ".." in inside.split("/") or "\0" in inside or not inside:
             raise SampleError(
                 f"{where}: the picture {name!r} would be read from outside the images folder; write its path below "
@@ -126,6 +135,12 @@ def remedy_for(missing: str, root: Path, prefix: str | None) -> str:
         found = prefix + missing[:cut]
         told = f"--set image_prefix={found} (in a config: options: {{image_prefix: {found}}})"
         return f"Write {told}: {missing} is then found"
+    if (root / (turned := missing.replace("\\", "/"))).is_file():
+        return f"Write / for \\ in the names: {turned} is there"
+    folder, name = os.path.split(missing)
+    beside = islice(os.listdir(root / folder), 100_000) if (root / folder).is_dir() else ()
+    if alike := next((other for other in beside if other.lower() == name.lower()), None):
+        return f"Write the names as the files have them: {alike} is there, {name} is not"
     below = (item for item in sorted(root.iterdir())[:1000] if item.is_dir() and (item / missing).is_file())
     deeper = next(below, None)
     return f"Write --images {deeper} (in a config: images: {deeper}): {missing} is there" if deeper is not None else ""

@@ -69,6 +69,8 @@ def convert(
     _check(settings, processes, part)
     if settings.prints:
         need_imagehash("--prints")
+    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+        raise ConfigError(f"{out}: lies inside the input {path}, which would then change; name another --out")
     plan = plan_of(format, path, options, settings, part, root)
     if not (out / INDEX).exists():
         refuse_other_files(out)

@@ -281,6 +281,8 @@ def test_all_missing_pictures_are_told_at_once_before_anything_is_written(photos
         ("a/b/deep/5.jpg", {}, "--set image_prefix=a/b/ "),
         ("x/data/0.png", {"image_prefix": "x/"}, "--set image_prefix=x/data/ "),
         ("5.jpg", {}, "--images {photos}/deep "),
+        ("deep\\5.jpg", {}, "Write / for \\ in the names: deep/5.jpg is there"),
+        ("0.PNG", {}, "Write the names as the files have them: 0.png is there, 0.PNG is not"),
         ("9.png", {}, "Check --images"),
     ],
 )
@@ -294,6 +296,32 @@ def test_a_picture_that_lies_close_by_is_pointed_at(
     with pytest.raises(ConfigError) as caught:
         convert("llava", tmp_path / "rows.json", photos, tmp_path / "out", options=options)
     assert remedy.format(photos=photos) in str(caught.value)
+
+
+def test_a_picture_named_by_its_whole_path_is_answered_with_the_prefix_that_finds_it(
+    photos: Path, tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    rows = [{"image": name, "conversations": turns} for name in (f"{photos}/deep/5.jpg", f"{tmp_path}/x.jpg")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(RejectedRows) as caught:
+        convert("llava", tmp_path / "rows.json", photos, tmp_path / "out")
+    assert (
+        "5.jpg' is named by a whole path; write it below the images folder, or take the beginning away with --set "
+        f"image_prefix={photos}/" in str(caught.value)
+    )
+    assert "x.jpg' would be read from outside the images folder" in str(caught.value)
+    good = {"options": {"image_prefix": f"{photos}/"}, "settings": Settings(on_bad="drop")}
+    assert len(convert("llava", tmp_path / "rows.json", photos, tmp_path / "good", **good)) == 1
+
+
+def test_shards_are_not_written_into_the_folder_that_is_read(photos: Path, tmp_path: Path) -> None:
+    """The folder would change: an interrupted conversion began anew, and the shards were data the second time."""
+    (photos / "0.txt").write_text("a caption")
+    for out in (photos, photos / "shards"):
+        with pytest.raises(ConfigError, match="lies inside the input"):
+            convert("folder", photos, None, out, settings=Settings(on_bad="drop"))
+    assert not (photos / "shards").exists()
 
 
 def test_missing_pictures_can_drop_the_row_or_leave_its_text(photos: Path, tmp_path: Path) -> None:
