@@ -120,14 +120,18 @@ def generate(
         raise ConfigError("mmit generate: --jsonl goes with --out and names its pictures itself; --image with --prompt")
     for file in image or ():
         if not file.is_file():
-            raise ConfigError(f"--image {file}: no such file; name a picture")
+            raise ConfigError(f"--image {file}: {'is a folder' if file.is_dir() else 'no such file'}; name a picture")
     from mmit.inference.conversation import conversation
     from mmit.inference.generate import Sampling, load
     from mmit.inference.jsonl import answer_file, read_lines
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    if jsonl is not None:
-        read_lines(jsonl)  # a fault in it is told before the model is loaded
+    pictured = [prompt] if image else []
+    if jsonl is not None:  # a fault in it is told before the model is loaded
+        records = [line.record for line in read_lines(jsonl)]
+        pictured = [record.get("prompt") for record in records if record.get("image") or record.get("images")]
+    if any(isinstance(text, str) and "<image>" in text for text in pictured):
+        typer.echo("note: <image> in a prompt is a word; the pictures are shown before it without one", err=True)
     model = load(run)
     for note in model.notes:
         typer.echo(note, err=True)

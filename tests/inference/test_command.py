@@ -98,6 +98,26 @@ def test_a_fault_is_one_message_with_its_place(
     assert named in message
 
 
+def test_a_marker_in_a_prompt_with_pictures_is_said_to_be_a_word(
+    tiny_run: Path,
+    tmp_path: Path,
+    photos: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As users of LLaVA write prompts by habit: the model has never seen that word."""
+    told = "<image> in a prompt is a word"
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "<image>\nWhich?", "image": photos[0].name}))
+    short = ["--max-new-tokens", 2]
+    assert run(monkeypatch, tiny_run, "--image", photos[0], "--prompt", "<image>\nWhich?", *short) == 0
+    assert told in capsys.readouterr().err
+    assert run(monkeypatch, tiny_run, "--jsonl", source, "--out", tmp_path / "out.jsonl", *short) == 0
+    assert told in capsys.readouterr().err
+    assert run(monkeypatch, tiny_run, "--prompt", "What does <image> mean?", *short) == 0
+    assert told not in capsys.readouterr().err
+
+
 def test_a_run_that_is_not_there_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
