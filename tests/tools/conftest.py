@@ -52,7 +52,7 @@ Converter = Callable[..., list[Sample]]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Converter:
+def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Converter:
     """Writes rows as a JSON file (or takes a path), converts them, and gives the samples read back."""
 
     def convert_rows(
@@ -70,7 +70,7 @@ def run(tmp_path: Path) -> Converter:
             lines = name.endswith(".jsonl")
             text = "\n".join(json.dumps(row) for row in rows) if lines else json.dumps(rows)
             path.write_text(text, encoding="utf-8")
-        out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+        out = tmp_path_factory.mktemp("out")  # not below tmp_path, which may be the input
         return read_all(convert(format, path, images, out, options=options, settings=settings))
 
     return convert_rows
