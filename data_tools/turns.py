@@ -383,6 +383,12 @@ def sample_of(
         raise SampleError(f"{where}: no answer to learn from; the conversation needs at least one assistant turn")
     if not any(item.parts for item in trained):
         raise SampleError(f"{where}: every answer is empty; there is nothing to learn from it")
+    for number, item in enumerate(typed):
+        if item.train and not item.parts:
+            raise SampleError(
+                f"{where}: message {number}: the answer is empty, and would be learned as saying nothing; take the "
+                f"turn out, or mark it as not learned (train: false)"
+            )
     return Sample("", "", tuple(typed), tuple(images), meta or {})
 
 

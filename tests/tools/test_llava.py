@@ -91,6 +91,7 @@ def test_image_first_moves_pictures_as_llava_trained(run: Converter, photos: Pat
         ([human("<image>"), gpt("x")], None, "0 pictures but 1 <image> markers"),
         ([human("Hi")], None, "no answer to learn from"),
         ([human("Hi"), gpt("")], None, "every answer is empty"),
+        ([human("Hi"), gpt("Hello"), human("?"), gpt(" ")], None, "message 3: the answer is empty"),
         ([{"from": "cat", "value": "Hi"}, gpt("x")], None, "role 'cat' is unknown"),
         ([human("Hi"), {"from": "gpt", "value": 3}], None, "expected a text, found int '3'"),
         ([], None, "the conversation is empty"),
