@@ -133,7 +133,7 @@ def test_an_output_where_no_folder_can_be_is_told(
     assert train(monkeypatch, file) == 2
     told = capsys.readouterr().err
     assert f"{tmp_path}/file" in told
-    assert "name a folder that can" in told
+    assert "is a file; name a folder" in told
     assert "Traceback" not in told
 
 

@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def start(wanted: Config, *, lead_group: bool = False) -> int:
         return process
     code: Any = 1
     try:
+        vars(forkserver._forkserver)["_forkserver_pid"] = None  # that of another process, which is not to be waited for
         if lead_group:
             os.setsid()
         descriptor = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
