@@ -280,10 +280,15 @@ def _text(part: Part, where: str, boxes: Boxes | None) -> str:
             return ""
 
 
+RESERVED = (
+    *(r"<\|reserved_special_token_\d+\|>", r"<\|reserved_\d+\|>", r"<reserved\d+>", r"<unused\d+>", r"\[unused\d+\]"),
+    *(r"<\|extra_\d+\|>", r"<SPECIAL_\d+>", r"<\|placeholder\d+\|>", r"<\|dummy_\d+\|>"),
+)
+"""Tokens that stand for nothing yet, in the order of preference."""
+
 PLACEHOLDERS = (
     *(r"<image>", r"<\|image\|>", r"<image_soft_token>", r"<\|image_pad\|>", r"<IMG_CONTEXT>", r"\[IMG\]"),
-    *(r"<\|reserved_special_token_\d+\|>", r"<\|reserved_\d+\|>", r"<reserved\d+>", r"<unused\d+>", r"\[unused\d+\]"),
-    *(r"<\|extra_\d+\|>", r"<SPECIAL_\d+>", r"<\|placeholder\d+\|>", r"<\|dummy_\d+\|>", r"<\|vision_pad\|>"),
+    *(*RESERVED, r"<\|vision_pad\|>"),
 )
 """Tokens that stand for a picture or for nothing yet, in the order of preference."""
 

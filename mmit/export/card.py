@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mmit.data.provenance import taken
+from mmit.export.processor import padding_token
 from mmit.export.targets import CLIP_DEFECT, targets
 from mmit.export.verify import Parity
 from mmit.model.saved import Saved, run_folder, settings_of
@@ -178,6 +179,12 @@ def _how_to_load(saved: Saved, *, format: str, adapter: bool) -> str:
     text = "```python\n" + "\n".join(lines) + "\n```"
     if saved.chat.stop_text:
         text += f"\n\nAnswers end with the text {saved.chat.stop_text!r}, which is no token: pass it as `stop_strings`."
+    padding = padding_token(saved)
+    if padding is not None and saved.assembly.tokenizer.convert_tokens_to_ids(padding) in saved.chat.stop_ids[:1]:
+        text += (
+            f"\n\nIts tokenizer has no token to spare: batches are padded with `{padding}`, which ends answers too. To "
+            f"train it further, mask labels by `attention_mask` and not by id."
+        )
     if saved.chat.markers_are_text:
         text += "\n\nThe markers of its chat format are plain text: a user's text can imitate a turn."
     text += (

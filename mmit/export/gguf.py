@@ -20,11 +20,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mmit.data.chat import Chat
 from mmit.export.llava import ExportError, language_tensors
+from mmit.export.processor import padding_token
 from mmit.export.targets import LLAMA_CPP, targets
 from mmit.export.towers import tower_config, tower_tensors
 from mmit.model.build import Assembly
@@ -88,7 +89,7 @@ def write_gguf(saved: Saved, folder: Path, dtype: str) -> None:
         )
     if dtype == "bfloat16":
         raise ExportError("--format gguf: write --dtype float32 or float16; llama-quantize makes smaller ones of it")
-    _write_language(saved.assembly, saved.chat, folder / LANGUAGE, dtype)
+    _write_language(saved, folder / LANGUAGE, dtype)
     if saved.assembly.vlm.vision is not None:
         _write_mmproj(saved.assembly, folder / MMPROJ, dtype)
 
@@ -155,7 +156,8 @@ def finish(writer: Any, tensors: Callable[[], Iterator[tuple[str, Tensor]]], dty
     writer.close()
 
 
-def _write_language(assembly: Assembly, chat: Chat, file: Path, dtype: str) -> None:
+def _write_language(saved: Saved, file: Path, dtype: str) -> None:
+    assembly = saved.assembly
     language = assembly.vlm.language
     config: Any = language.config
     architecture = LLAMA_CPP[config.model_type]
@@ -176,7 +178,7 @@ def _write_language(assembly: Assembly, chat: Chat, file: Path, dtype: str) -> N
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     _add_rope_scaling(writer, config.rope_parameters)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, assembly.tokenizer, chat, config.vocab_size)
+    _add_tokenizer(writer, saved, config.vocab_size)
     finish(writer, lambda: _language_tensors(assembly, architecture), dtype)
 
 
@@ -223,9 +225,10 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, size: int) -> None:
+def _add_tokenizer(writer: Any, saved: Saved, size: int) -> None:
     import gguf
 
+    tokenizer, chat = saved.assembly.tokenizer, saved.chat
     described = json.loads(cast(Any, tokenizer.backend_tokenizer).to_str())
     model = described["model"]
     if model["type"] != "BPE":
@@ -267,9 +270,10 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, chat: Chat, 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_add_bos_token(bool(chat.begin))
-    for name, number in (("bos", tokenizer.bos_token_id), ("pad", tokenizer.pad_token_id)):
-        if number is not None:
-            {"bos": writer.add_bos_token_id, "pad": writer.add_pad_token_id}[name](number)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    if (padding := padding_token(saved)) is not None:
+        writer.add_pad_token_id(tokenizer.convert_tokens_to_ids(padding))
     if chat.stop_ids:
         writer.add_eos_token_id(chat.stop_ids[0])
     writer.add_chat_template(_plain_template(chat))

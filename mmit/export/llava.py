@@ -8,7 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from mmit.config import ConfigError
 from mmit.data.chat import Chat
@@ -158,13 +165,11 @@ def language_tensors(language: PreTrainedModel) -> dict[str, Tensor]:
     return {plain_name(name): value for name, value in language.state_dict().items() if ".lora_" not in name}
 
 
-def generation_config(assembly: Assembly, chat: Chat) -> GenerationConfig:
+def generation_config(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> GenerationConfig:
     """Greedy by default; an answer ends at any of the chat's stop ids."""
-    tokenizer = assembly.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return GenerationConfig(
         eos_token_id=list(chat.stop_ids) or None,
         bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=pad,
+        pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, cast
 
 from tokenizers import Tokenizer, processors
@@ -15,11 +16,14 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mmit.data.chat_formats import RESERVED
 from mmit.data.fit import PictureFit
 from mmit.export.towers import select_strategy
 from mmit.model.saved import Saved
 from mmit.model.vision import VisionTower
+from mmit.model.vlm import embedding_table
 
+PADDING = (r"<pad>", r"<PAD>", r"\[PAD\]", r"<\|pad\|>", r"<\|padding\|>", r"<\|finetune_right_pad_id\|>")
 RESAMPLE = {"bicubic": 3, "bilinear": 2}
 
 
@@ -67,6 +71,7 @@ def speaking_tokenizer(saved: Saved) -> PreTrainedTokenizerFast:
     """
     tokenizer = copy.deepcopy(saved.assembly.tokenizer)
     tokenizer.chat_template = saved.chat.template()
+    tokenizer.pad_token = padding_token(saved)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # answers begin where prompts end
     text = str(tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False))
     bos = tokenizer.bos_token
@@ -77,6 +82,25 @@ def speaking_tokenizer(saved: Saved) -> PreTrainedTokenizerFast:
         tokenizer.add_bos_token = tokenizer.add_eos_token = False
         backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     return tokenizer
+
+
+def padding_token(saved: Saved) -> str | None:
+    """What fills up a batch: the tokenizer's own pad token, one of that name, one that is reserved, or the unknown one,
+    which a vocabulary with bytes never needs. Only if none of them is to be had, the one that ends answers.
+
+    Whoever trains an export further by the ids of a batch leaves padding out of the loss by its id; where it is the
+    token that ends answers, the model unlearns to stop (github.com/huggingface/transformers/issues/23530).
+    """
+    tokenizer: Any = saved.assembly.tokenizer
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    spare = [name for pattern in (*PADDING, *RESERVED) for name in special if re.fullmatch(pattern, name)]
+    ruled_out = {*saved.chat.stop_ids[:1], *saved.chat.begin, saved.chat.placeholder}
+    rows = len(embedding_table(saved.assembly.vlm.language))
+    for name in (tokenizer.pad_token, *spare, tokenizer.unk_token):
+        number = tokenizer.convert_tokens_to_ids(name) if name is not None else None
+        if number is not None and number < rows and number not in ruled_out:
+            return name
+    return tokenizer.pad_token or tokenizer.eos_token
 
 
 def additional_tokens(tower: VisionTower) -> int:

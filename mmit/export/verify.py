@@ -240,9 +240,8 @@ def processed(speaker: Any, conversation: Conversation, *, prompt: bool = True) 
 def processed_batch(speaker: Any, conversations: Sequence[Conversation]) -> Any:
     """The same of several conversations, padded where the export says: on the left, as `generate` needs it."""
     messages = [_messages(conversation) for conversation in conversations]
-    tokenizer = speaker.tokenizer if isinstance(speaker, ProcessorMixin) else speaker
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # never read, so a run needs none
-    padding: Any = {"processor_kwargs": {"padding": True}} if tokenizer is not speaker else {"padding": True}
+    seeing = isinstance(speaker, ProcessorMixin)
+    padding: Any = {"processor_kwargs": {"padding": True}} if seeing else {"padding": True}
     return speaker.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **padding
     )

@@ -203,9 +203,10 @@ def _write(saved: Saved, folder: Path, dtype: Dtype) -> None:
     assembly = saved.assembly
     model: PreTrainedModel
     if saved.fit is None:
-        speaking_tokenizer(saved).save_pretrained(folder)
+        tokenizer = speaking_tokenizer(saved)
+        tokenizer.save_pretrained(folder)
         model = _plain_language(assembly.vlm.language)
-        model.generation_config = generation_config(assembly, saved.chat)
+        model.generation_config = generation_config(tokenizer, saved.chat)
         cast(nn.Module, model).to(DTYPES[dtype])
         model.save_pretrained(folder, max_shard_size=SHARD)
         return
@@ -216,7 +217,7 @@ def _write(saved: Saved, folder: Path, dtype: Dtype) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.dtype = DTYPES[dtype]
     model.config.save_pretrained(folder)
-    generation_config(assembly, saved.chat).save_pretrained(folder)
+    generation_config(cast(Any, speaker).tokenizer, saved.chat).save_pretrained(folder)
     tensors = published_names(model.state_dict(), tied=model.config.tie_word_embeddings)
     rounded = {name: value.to(DTYPES[dtype]).contiguous() for name, value in tensors.items()}
     save_torch_state_dict(rounded, folder, max_shard_size=SHARD, metadata={"format": "pt"})

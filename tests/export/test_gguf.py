@@ -174,6 +174,15 @@ def test_where_spaces_go_before_texts_is_said_or_refused(scheme: str, space: boo
     assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() == space
 
 
+def test_a_tokenizer_without_a_pad_token_is_given_one(tmp_path: Path) -> None:
+    metaspace("always").save_pretrained(tmp_path / "tokenizer")
+    model = {"language": {"random": WIDE, "tokenizer": str(tmp_path / "tokenizer")}}
+    export(run_of(saved_model(model, chat="vicuna_v1"), tmp_path / "run"), tmp_path / "out", format="gguf")
+    reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
+    number = reader.get_field("tokenizer.ggml.padding_token_id").contents()
+    assert reader.get_field("tokenizer.ggml.tokens").contents()[number] == "<unk>"
+
+
 @pytest.mark.parametrize(("scheme", "told"), [("always", True), ("prepend", False), ("never", False)])
 def test_the_card_says_where_llama_cpp_puts_a_space_too_many(scheme: str, told: bool, tmp_path: Path) -> None:
     metaspace(scheme).save_pretrained(tmp_path / "tokenizer")

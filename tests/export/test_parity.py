@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from mmit import config as schema
 from mmit.config import ConfigError
@@ -24,7 +25,7 @@ from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.sample import ImagePart, TextPart, message
 from mmit.export import verify, write
 from mmit.export.llava import ExportError
-from mmit.export.processor import processor, speaking_tokenizer
+from mmit.export.processor import padding_token, processor, speaking_tokenizer
 from mmit.export.verify import Conversation, load_export, processed, rendered
 from mmit.export.write import export, merge
 from mmit.inference.conversation import Conversation as Asked
@@ -419,6 +420,68 @@ def test_questions_answered_in_batches_get_the_same_tokens(name: str, tmp_path: 
     done = export(tmp_path / "run", tmp_path / "out", answers=answers)
     assert done.parity.answers == len(asked)
     assert f"{len(asked)} questions asked again in batches: every token equal" in done.parity.sentence()
+
+
+PADLESS: dict[str, tuple[str, str, Callable[[], PreTrainedTokenizerFast]]] = {
+    "reserved": ("chatml", "<|reserved_special_token_0|>", lambda: with_tokens("<|reserved_special_token_0|>")),
+    "named so": ("chatml", "<|finetune_right_pad_id|>", lambda: with_tokens("<unused0>", "<|finetune_right_pad_id|>")),
+    "unknown, as of Llama 2": ("vicuna_v1", "<unk>", lambda: metaspace("always")),
+    "none to spare": ("chatml", "<|im_end|>", byte_level),
+}
+
+
+def with_tokens(*names: str) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(byte_level())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names)}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+@PEFT
+@pytest.mark.parametrize("kind", ["text only", "pictures", "LoRA kept"])
+@pytest.mark.parametrize("name", PADLESS)
+def test_a_stranger_s_batch_is_answered_as_one_by_one_without_a_pad_token_in_the_base(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    chat, token, tokenizer = PADLESS[name]
+    tokenizer().save_pretrained(tmp_path / "base")
+    language = {"random": LLAMA, "tokenizer": str(tmp_path / "base")}
+    model = {"language": language} | ({"vision": TOWERS["clip"]} if kind == "pictures" else {})
+    saved = saved_model(model, chat=chat, lora=LORA if kind == "LoRA kept" else None)
+    assert saved.assembly.tokenizer.pad_token is None
+    rows = len(cast(Any, saved.assembly.vlm.language.get_input_embeddings()).weight)
+    export(run_of(saved, tmp_path / "run"), tmp_path / "out", adapter=kind == "LoRA kept")
+    place = tmp_path / "out/adapter" if kind == "LoRA kept" else None
+    twin, speaker = load_export(tmp_path / "out", multimodal=kind == "pictures", adapter=place)
+    own = speaker.tokenizer if kind == "pictures" else speaker
+    assert own.pad_token == token
+    assert own.pad_token_id == cast(Any, twin).generation_config.pad_token_id < rows
+    assert (own.pad_token_id in saved.chat.stop_ids) == (name == "none to spare")
+    assert ("no token to spare" in (tmp_path / "out/README.md").read_text()) == (name == "none to spare")
+
+    asked = verify.probes(saved)
+    inputs = verify.processed_batch(speaker, asked)
+    assert (inputs["attention_mask"] == 0).any()
+    answers = cast(Any, twin).generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :].tolist()
+    for answer, conversation in zip(answers, asked, strict=True):
+        alone = verify.said_by_export(twin, speaker, conversation).answer[:8]
+        assert answer[: len(alone)] == alone
+        assert set(answer[len(alone) :]) <= {own.pad_token_id}
+
+
+def test_a_pad_token_that_ends_answers_gives_way_to_another(tmp_path: Path) -> None:
+    """As of SmolLM2: who masks padding by id would mask every end of an answer."""
+    tokenizer = with_tokens("<|reserved_special_token_0|>")
+    tokenizer.pad_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "base")
+    saved = saved_model({"language": {"random": LLAMA, "tokenizer": str(tmp_path / "base")}}, chat="chatml")
+    assert padding_token(saved) == "<|reserved_special_token_0|>"
+    run = run_of(saved, tmp_path / "run")
+    export(run, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "<|reserved_special_token_0|>"
+
+
+def test_the_pad_token_of_a_tokenizer_stays(tmp_path: Path) -> None:
+    assert padding_token(saved_model(CLIP)) == "<pad>"
 
 
 @pytest.mark.parametrize("what", ["one token", "one left out", "one too many"])
