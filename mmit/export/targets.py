@@ -68,5 +68,6 @@ def _rope_obstacle(config: Any) -> str | None:
         return f"rope_type {kind} is not among {', '.join(ROPES)}"
     if kind == "llama3" and LLAMA_CPP[config.model_type] != "llama":
         return f"its {LLAMA_CPP[config.model_type]} does not read rope_type llama3"
-    other = settings.keys() - ROPES[kind] - {"rope_type", "type"}
-    return f"rope_type {kind} with {', '.join(sorted(other))}" if other else None
+    other, lost = settings.keys() - ROPES[kind] - {"rope_type", "type"}, ROPES[kind] - settings.keys()
+    found = [f"{word} {', '.join(sorted(keys))}" for word, keys in (("with", other), ("without", lost)) if keys]
+    return f"rope_type {kind} {' and '.join(found)}" if found else None

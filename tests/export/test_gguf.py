@@ -340,6 +340,10 @@ def image_vectors(
             "rope_type yarn with attention_factor, beta_fast",
         ),
         (
+            {"language": {"random": WIDE | {"rope_parameters": YARN | {"factor": None}}}},
+            "rope_type yarn without factor",
+        ),
+        (
             {"language": {"random": WIDE | {"model_type": "qwen2", "rope_parameters": LLAMA_3_1}}},
             "its qwen2 does not read rope_type llama3",
         ),
