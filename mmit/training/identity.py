@@ -89,9 +89,9 @@ def _differences(before: Any, now: Any, free: set[str], path: str) -> Iterator[s
     elif _are_sources(before) and _are_sources(now) and len(before) == len(now):
         for number, (old, new) in enumerate(zip(before, now, strict=True)):
             yield from _differences(old, new, set(), f"{path}{number}.")
-            title = Source.model_construct(**old).title
-            if any(old.get(key) != new.get(key) for key in SOURCE_PLACES):
-                yield f"{path}{number}.name: if those are the same samples elsewhere, write name: {title}"
+            titles = [Source.model_construct(**source).title for source in (old, new)]
+            if titles[0] != titles[1] and old.get("name") == new.get("name"):
+                yield f"{path}{number}.name: if those are the same samples elsewhere, write name: {titles[0]}"
     elif before != now:
         yield f"{path.rstrip('.')}: was {before!r}, now {now!r}"
 
