@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -484,6 +485,8 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 def main() -> None:
     """The command, its faults told in a line each: exit 2 for the user's input, 3 for the data."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal lacks a letter of the data
     try:
         app()
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -241,6 +242,8 @@ class CtrlC(BaseException):
 
 def main() -> None:
     """The entry point. A fault of the user ends in one message and exit code 2, of the data 3, an interruption 75."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # no run ends because a terminal lacks a letter of its data
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

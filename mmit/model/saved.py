@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,10 +40,11 @@ def load_saved(run: Path, *, cache: Path | None = None) -> Saved:
     try:
         record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        begun = (run / "config.yaml").exists()
-        remedy = (
-            f"finish it with `mmit train {run / 'config.yaml'}`" if begun else "name the `output` of a finished run"
-        )
+        remedy = "name the `output` of a finished run"
+        if (run / "config.yaml").exists():
+            remedy = f"finish it with `mmit train {shlex.quote(str(run / 'config.yaml'))}`"
+        elif (run / "config.json").exists():
+            remedy = "a model of transformers, such as an export, answers there; name the run it was made from"
         raise ConfigError(f"{run}: holds no finished run (no final/model.json); {remedy}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{folder / 'model.json'}: damaged ({error}); copy it again from where it was made") from None

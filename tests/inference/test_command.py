@@ -126,6 +126,14 @@ def test_a_run_that_is_not_there_is_named(
     assert "mmit train" not in told
 
 
+def test_an_export_is_told_from_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert run(monkeypatch, tmp_path, "--prompt", "Hi") == 2
+    assert "name the run it was made from" in capsys.readouterr().err
+
+
 def test_a_run_that_is_not_finished_is_told_how_to_finish_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

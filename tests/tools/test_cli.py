@@ -105,6 +105,29 @@ def test_a_fault_is_one_message_with_place_and_remedy(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("words", [("data_tools.cli", "detect", "rows.jsonl"), ("mmit", "train", "run.yaml")])
+def test_letters_that_the_terminal_lacks_end_no_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "größe", "completion": "groß"}), encoding="utf-8")
+    tree = {
+        "output": "run",
+        "cache": "cache",
+        "model": {"language": {"random": {}}},
+        "stages": [
+            {
+                "name": "sft",
+                "data": [{"trl": "rows.jsonl", "name": "größe"}],
+                "train": {"language": {"lr": 1}},
+                "batch_size": 1,
+            }
+        ],
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ended = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=narrow, cwd=tmp_path)
+    assert "gr\\xf6" in ended.stdout
+    assert "Traceback" not in ended.stderr
+
+
 def test_json_of_another_kind_is_named(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps([{"instruction": "a", "output": "b"}] * 3))
