@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmit import config as schema
@@ -28,7 +28,7 @@ from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
 from mmit.data.chat_formats import stands_for_nothing
 from mmit.data.fit import PictureFit, Policy
 from mmit.model.files import provenance, revision_of, same_files, split_revision, told
-from mmit.model.pretrained import load_tokenizer, load_whole
+from mmit.model.pretrained import load_tokenizer, load_whole, random_config
 from mmit.model.projector import build_projector
 from mmit.model.projector_file import start_projector
 from mmit.model.vision import CachedTower, VisionTower, build_vision
@@ -364,11 +364,11 @@ def _language(
         return language, tokenizer
     settings = dict(wanted.random)
     tokenizer = byte_tokenizer() if wanted.tokenizer == "bytes" else load_tokenizer(wanted.tokenizer)
+    settings.setdefault("vocab_size", len(tokenizer))
+    language_config = random_config(settings.pop("model_type", None), settings, "model.language.random")
     try:
-        settings.setdefault("vocab_size", len(tokenizer))
-        language_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         language = AutoModelForCausalLM.from_config(language_config, attn_implementation=attention)
-    except Exception as error:  # configurations and models raise whatever does not fit together in them
+    except Exception as error:  # models raise whatever does not fit together in them
         raise ConfigError(f"model.language.random: {error}; give a transformers model_type and its sizes") from None
     _check_rows(tokenizer, language, "model.language.random")
     return language.to(torch.float32), tokenizer

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import transformers.utils.logging
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
-from mmit.config import ConfigError
+from mmit.config import ConfigError, suggest
 from mmit.model.files import located, split_revision
 
 T = TypeVar("T")
@@ -39,6 +40,29 @@ def from_hub(load: Callable[[], T], key: str, name: str) -> T:
             f"{key}: cannot load {name!r} ({kind}{reason}); name a folder with its files, all of them whole, or a hub "
             f"model that this machine has cached or can reach"
         ) from error
+
+
+def random_config(model_type: Any, sizes: Mapping[str, Any], key: str) -> PreTrainedConfig:
+    """The configuration of a model without weights; ConfigError for a mistyped size, which transformers would keep
+    aside without a word: the model would have the usual size, of billions."""
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"{key}.model_type: found {model_type!r}; {suggest(str(model_type), LIKELY)}")
+    try:
+        usual = AutoConfig.for_model(model_type)
+        own = {*dir(usual), *usual.attribute_map}
+        for name in sizes.keys() - own:  # models read some that no configuration lists, such as head_dim
+            if near := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
+                raise ConfigError(f"{key}.{name}: {model_type} has no such size; did you mean {near[0]!r}?")
+        return AutoConfig.for_model(model_type, **sizes)
+    except ConfigError:
+        raise
+    except Exception as error:  # configurations raise whatever does not fit together in them
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{key}: {reason}; give a transformers model_type and its sizes") from None
+
+
+LIKELY = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2")
+"""What is proposed of the hundreds that transformers has."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mmit.config import ConfigError, Vision
 from mmit.model.files import located
-from mmit.model.pretrained import from_hub, has_file, load_whole
+from mmit.model.pretrained import from_hub, has_file, load_whole, random_config
 from mmit.model.tower_parts import (
     CLIP_MEAN,
     CLIP_STD,
@@ -145,10 +145,7 @@ def _transformers_config(spec: Vision) -> tuple[str, Any]:
         if model_type not in FAMILIES or model_type in ("clip", "siglip"):
             known = ", ".join(name for name in FAMILIES if name not in ("clip", "siglip"))
             raise ConfigError(f"model.vision.random.model_type: found {model_type!r}; write one of {known}")
-        try:
-            return model_type, transformers.AutoConfig.for_model(model_type, **sizes)
-        except Exception as error:  # configurations raise whatever does not fit together in them
-            raise ConfigError(f"model.vision.random: {error}") from error
+        return model_type, random_config(model_type, sizes, "model.vision.random")
     if spec.pretrained is not None:
         raise ConfigError(
             f"model.vision.pretrained: {spec.pretrained!r}; transformers loads the weights of `name`, leave it out"

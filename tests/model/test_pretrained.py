@@ -24,7 +24,7 @@ from transformers import (
 from mmit.config import ConfigError, Model, Vision
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.model.build import Assembly, assemble, pinned
-from mmit.model.pretrained import check_it_survives, load_tokenizer
+from mmit.model.pretrained import check_it_survives, load_tokenizer, random_config
 from mmit.model.vision import build_vision
 from tests.data.made_tokenizers import metaspace
 
@@ -284,6 +284,29 @@ def test_a_run_keeps_the_revision_of_the_hub_that_it_started_from(
         tensors = [assembly.parts()[part].state_dict() for assembly in (before, again, moved)]
         assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
         assert not all(torch.equal(tensors[0][name], tensors[2][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "told"),
+    [
+        ("llama", {"hiden_size": 16}, "x.hiden_size: llama has no such size; did you mean 'hidden_size'"),
+        ("clip_vision_model", {"num_hiden_layers": 2}, "x.num_hiden_layers: .* did you mean 'num_hidden_layers'"),
+        ("lama", {}, "x.model_type: found 'lama'; did you mean 'llama'"),
+        (None, {}, "x.model_type: found None; known: llama, "),
+        ("llama", {"hidden_size": 10, "num_attention_heads": 3}, r"x: Class validation error .* not a multiple"),
+    ],
+)
+def test_a_mistyped_size_of_a_random_model_is_refused(model_type: Any, sizes: dict[str, int], told: str) -> None:
+    """A mistyped hidden_size made a model of 7 billion parameters, which ended the process."""
+    with pytest.raises(ConfigError, match=told):
+        random_config(model_type, sizes, "x")
+
+
+def test_sizes_by_the_names_that_transformers_shares_and_had_before_are_known() -> None:
+    made = random_config("gpt2", {"hidden_size": 16, "num_attention_heads": 2, "pad_token_id": 3}, "x")
+    assert (made.hidden_size, made.num_attention_heads) == (16, 2)
+    rotary = random_config("llama", {"rope_theta": 500.0}, "x").to_dict()
+    assert 500.0 in (rotary.get("rope_theta"), (rotary.get("rope_parameters") or {}).get("rope_theta"))
 
 
 # Tokenizers ----------------------------------------------------------------------------
