@@ -105,10 +105,10 @@ def generate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the lines of --jsonl go, each with its answer.")] = None,
     system: Annotated[str | None, typer.Option(help="A system text, where a conversation has none.")] = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="An answer is cut after so many.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the likeliest answer; more: drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")] = 1.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws, with --temperature.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Lines of --jsonl that are answered at a time.")] = 8,
 ) -> None:
     """Ask a finished run: one prompt, or a file of them (the same command goes on with it after an interruption)."""
