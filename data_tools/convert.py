@@ -70,7 +70,9 @@ def convert(
     if settings.prints:
         need_imagehash("--prints")
     if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-        raise ConfigError(f"{out}: lies inside the input {path}, which would then change; name another --out")
+        raise ConfigError(
+            f"{out}: lies inside the input {path}, which would then change; name another --out (in a config: cache)"
+        )
     plan = plan_of(format, path, options, settings, part, root)
     if not (out / INDEX).exists():
         refuse_other_files(out)
