@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -40,6 +41,21 @@ app = typer.Typer(
 Run = Annotated[Path, typer.Argument(help="A run directory, or its final/ folder.")]
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML recipe; see configs/README.md.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as stages.sft.batch_size=8")]
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(" ".join(f"{name} {version(name)}" for name in ("mmit", "torch", "transformers")))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    wanted: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    del wanted  # the callback has told it
 
 
 @app.command()
@@ -121,6 +137,8 @@ def generate(
         raise ConfigError("mmit generate: --jsonl goes with --out and names its pictures itself; --image with --prompt")
     for file in image or ():
         if not file.is_file():
+            if str(file).startswith(("http:", "https:")):
+                raise ConfigError(f"--image {file}: nothing is fetched; download the picture and name its file")
             raise ConfigError(f"--image {file}: {'is a folder' if file.is_dir() else 'no such file'}; name a picture")
     from mmit.inference.conversation import conversation
     from mmit.inference.generate import Sampling, load

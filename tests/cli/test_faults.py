@@ -124,6 +124,16 @@ def test_a_gpu_that_is_not_there_is_told_and_not_replaced(
     assert "device: cuda, but torch sees no GPU" in capsys.readouterr().err
 
 
+def test_the_version_is_told_for_reports_of_faults(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmit", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert capsys.readouterr().out.split()[::2] == ["mmit", "torch", "transformers"]
+
+
 def test_an_output_where_no_folder_can_be_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

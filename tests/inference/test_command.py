@@ -74,6 +74,7 @@ def test_a_file_is_answered_and_the_same_command_goes_on(
         (["--prompt", "a", "--out", "b"], 2, "--jsonl goes with --out"),
         (["--jsonl", "in.jsonl", "--out", "b", "--image", "0.png"], 2, "names its pictures itself"),
         (["--prompt", "a", "--image", "nowhere.png"], 2, "--image nowhere.png: no such file"),
+        (["--prompt", "a", "--image", "https://there/a.png"], 2, "download the picture and name its file"),
         (["--prompt", "a", "--image", "in.jsonl"], 3, "no readable picture"),
         (["--prompt", "a", "--temperature", "-1"], 2, "temperature: -1"),
         (["--jsonl", "nowhere.jsonl", "--out", "b"], 2, "nowhere.jsonl: cannot be read"),
