@@ -50,10 +50,11 @@ def samples(
             return found
 
         told = column(answer, ANSWERS, needed=True)
-        if told == "text" and not answer and "question_id" in record and not set(QUESTIONS) & record.keys():
+        asks = "question_id" in record and not {"answer_id", *QUESTIONS} & record.keys()
+        if told == "text" and not answer and asks:
             raise SampleError(
-                f"{row.where}: text beside question_id is a question to be asked, as LLaVA's files for evaluation have "
-                f"it, and no column is an answer; write --set question=text and --set answer=COLUMN, or "
+                f"{row.where}: text beside question_id may be a question to be asked, as in LLaVA's files for "
+                f"evaluation, and no other column is an answer; write --set question=text and --set answer=COLUMN, or "
                 f"--set answer=text if it is one"
             )
         shown, asked = column(image, IMAGES, needed=False), column(question, QUESTIONS, needed=False)

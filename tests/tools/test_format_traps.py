@@ -342,8 +342,11 @@ def test_a_file_of_questions_to_be_asked_is_nothing_to_learn(run: Converter, pho
     assert flat(sample) == [("user", [0, "\n", "What is it?"]), ("assistant", ["A cat."])]
 
 
-def test_answers_beside_their_questions_are_learned(run: Converter) -> None:
-    (sample,) = run("table", [{"question_id": 0, "prompt": "What is it?", "text": "A cat.", "model_id": "m"}])
+def test_answers_are_learned_also_from_a_file_without_their_questions(run: Converter) -> None:
+    row = {"question_id": 0, "text": "A cat.", "answer_id": "a", "model_id": "m"}
+    (alone,) = run("table", [row])
+    assert flat(alone) == [("assistant", ["A cat."])]
+    (sample,) = run("table", [row | {"prompt": "What is it?"}])
     assert flat(sample) == [("user", ["What is it?"]), ("assistant", ["A cat."])]
 
 
