@@ -117,6 +117,7 @@ def check_places(config: Config) -> None:
 
 def _absent(config: Config) -> Iterator[str]:
     from data_tools.formats import FORMATS
+    from mmit.data.remote import is_remote
 
     for where, source in _sources(config):
         made = source.format in FORMATS and FORMATS[source.format].from_nothing
@@ -124,7 +125,7 @@ def _absent(config: Config) -> Iterator[str]:
             yield f"{where}: {source.path}: no such file or folder (relative ones start in {Path.cwd()})"
         if source.images is not None and not Path(source.images).is_dir():
             yield f"{where}: {source.images}: no such folder; `images` names the one below which the pictures lie"
-        if source.shards is not None and "://" not in source.shards and not Path(source.shards).is_dir():
+        if source.shards is not None and not is_remote(source.shards) and not Path(source.shards).is_dir():
             yield f"{where}: {source.shards}: no such folder of shards (relative ones start in {Path.cwd()})"
     model = config.model
     named = {"from": model.source, "language": model.language, "vision.name": model.vision and model.vision.name}

@@ -111,7 +111,7 @@ NEEDLESS = {
         (
             "do_train do_predict predict_with_generate per_device_eval_batch_size eval_accumulation_steps ddp_timeout "
             "ddp_find_unused_parameters remove_unused_columns dataset_text_field tf32 use_unsloth enable_liger_kernel "
-            "use_liger_kernel torch_compile neftune_noise_alpha",
+            "use_liger_kernel neftune_noise_alpha",
             "nothing here answers to it",
         ),
     )

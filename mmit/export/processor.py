@@ -94,6 +94,7 @@ def padding_token(saved: Saved) -> str | None:
     tokenizer: Any = saved.assembly.tokenizer
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     spare = [name for pattern in (*PADDING, *RESERVED) for name in special if re.fullmatch(pattern, name)]
+    # Of the ids that end an answer only the first is ever learned; the others may fill up a batch.
     ruled_out = {*saved.chat.stop_ids[:1], *saved.chat.begin, saved.chat.placeholder}
     rows = len(embedding_table(saved.assembly.vlm.language))
     for name in (tokenizer.pad_token, *spare, tokenizer.unk_token):

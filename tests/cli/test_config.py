@@ -20,6 +20,7 @@ from data_tools.formats import FORMATS
 from mmit import cli
 from mmit.api import check_names, train
 from mmit.config import Config, ConfigError, RandomLanguage, dump_config, load_config, parse_config
+from mmit.config.faults import ELSEWHERE, NEEDLESS
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -415,6 +416,12 @@ def test_a_key_of_other_trainers_that_is_not_needed_is_answered_with_the_reason(
     """Three of these were answered with a near key of ours that means something else."""
     (line,) = faults(nothing, f"stages.sft.{key}=true")
     assert line.startswith(f"stages.1.{key}: unknown key; leave it out: {told}")
+
+
+def test_a_key_of_other_trainers_has_a_place_here_or_a_reason_and_never_both() -> None:
+    assert not ELSEWHERE.keys() & NEEDLESS.keys()
+    (line,) = faults(nothing, "torch_compile=true")
+    assert line == "torch_compile: unknown key; here it is compile"
 
 
 @pytest.mark.parametrize(
