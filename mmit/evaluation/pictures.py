@@ -31,7 +31,13 @@ def loss_plot(run: Path, out: Path) -> Path:
             points = {record["step"]: record["held_out"][title] for record in held_out if title in record["held_out"]}
             label = f"{stage}: held out, {title}"
             axes.plot(
-                [start + s for s in points], list(points.values()), "o", color=f"C{number}", ms=5 + line, label=label
+                [start + s for s in points],
+                list(points.values()),
+                "o",
+                color=f"C{number}",
+                ms=5 + line,
+                label=label,
+                clip_on=False,
             )
         start += max(losses, default=0)
         axes.axvline(start, color="0.8", lw=1, zorder=0)
