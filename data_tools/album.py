@@ -58,7 +58,7 @@ class Album:
             raise ConfigError(f"{root}: no such folder; --images names the folder below which the pictures lie")
         self.root = root.resolve() if root is not None else None
         self.given = str(root.absolute()) if root is not None else ""
-        real_folder.cache_clear()  # what an earlier input saw may have become a link since
+        lies_below.cache_clear()  # what an earlier input saw may have become a link since
         self.prefix = prefix
 
     def picture(self, name: Any, where: str, *, window: tuple[float, float] | None = None) -> Unread:
@@ -182,16 +182,15 @@ def read(picture: Unread) -> bytes:
 
 def open_below(picture: Unread) -> int:
     """The file opened, its real place being below the root. Without waiting, so that a pipe cannot hang us."""
-    folder = os.path.dirname(picture.path)
-    below = os.path.join(picture.root, "")
-    if os.path.join(real_folder(folder), "").startswith(below):
+    path = picture.path
+    if lies_below(os.path.dirname(path), picture.root):
         try:
-            return os.open(picture.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-    real = os.path.realpath(picture.path)
-    if not real.startswith(below):
+    real = os.path.realpath(path)
+    if not real.startswith(os.path.join(picture.root, "")):
         raise SampleError(
             f"{picture.where}: {picture.name} is a link that leads out of the images folder; "
             f"copy the file into the folder, or give the folder it lies in as --images"
@@ -200,9 +199,9 @@ def open_below(picture: Unread) -> int:
 
 
 @lru_cache(maxsize=4096)
-def real_folder(folder: str) -> str:
+def lies_below(folder: str, root: str) -> bool:
     """Looked up once a folder, not once a picture: sets hold thousands of pictures in each."""
-    return os.path.realpath(folder)
+    return os.path.join(os.path.realpath(folder), "").startswith(os.path.join(root, ""))
 
 
 def develop(

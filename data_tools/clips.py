@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.album import Album, Unread, open_below, real_folder, unread
+from data_tools.album import Album, Unread, lies_below, open_below, unread
 from data_tools.holders import Holder
 from mmit.config import ConfigError
 from mmit.data.sample import Picture, SampleError
@@ -50,7 +50,7 @@ class Clip(Holder):
         return f"Frames at {shown} s: " if self.filming.times else ""
 
     def _listed(self) -> list[tuple[Picture, float]]:
-        if not os.path.join(real_folder(self.path), "").startswith(os.path.join(self.root, "")):
+        if not lies_below(self.path, self.root):
             raise SampleError(f"{self.where}: {self.name} is a link that leads out of the images folder; copy it there")
         files = [name for name in sorted(os.listdir(self.path)) if Path(name).suffix.lower() in PICTURES]
         if not files:
