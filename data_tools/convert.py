@@ -13,22 +13,22 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from data_tools.album import missing, remedy_for
+from data_tools.ahead import Batch, Missed, Rows, bytes_of, looked_at
 from data_tools.finished import PLAN, WORK, read_record, refuse_other_files, write_whole
 from data_tools.formats import FORMATS, checked, options_for, samples_function, samples_of
 from data_tools.looks import need_imagehash
-from data_tools.one_shard import Outcome, one_shard, place_of, recorded
+from data_tools.one_shard import Outcome, one_shard, recorded
 from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
-from data_tools.rows import Rejected
-from data_tools.workers import in_order, server
+from data_tools.workers import Team, server
 from mmit.config import ConfigError, Source
 from mmit.data.provenance import CONVERSION, REJECTED, beside
-from mmit.data.sample import Sample, SampleError
+from mmit.data.sample import SampleError
 from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter
 from mmit.data.shard_writer import TAR, TEMPORARY
 from mmit.data.shards import ShardSet
@@ -77,12 +77,8 @@ def convert(
     if not (out / INDEX).exists():
         refuse_other_files(out)
         if processes > 1:
-            server(MODULE)  # comes up while the rows are looked at
-        _refuse_missing(format, path, root, options, settings, part)
-        out.mkdir(parents=True, exist_ok=True)
-        with only_writer(out):
-            if not (out / INDEX).exists():
-                _write_set(format, path, root, out, options, settings, plan, processes, part, progress)
+            server(MODULE)  # comes up while the first rows are read
+        _write_set(format, path, root, out, options, settings, plan, processes, part, progress)
     return _judged(out, plan, settings)
 
 
@@ -98,17 +94,45 @@ def _write_set(
     part: tuple[int, int] | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    _start(out, plan, path, root)
     source = (
         settings.source or plain_name(path.name if path.suffix == "" else path.name.split(".")[0]) or plain_name(format)
     )
-    items = samples_of(format, path, root, options)
+    size = settings.rows_per_shard
+
+    def batches() -> Iterator[tuple[int, Rows]]:
+        items = iter(samples_of(format, path, root, options))
+        for number in count():
+            batch = list(islice(items, size))
+            if not batch:
+                return
+            if number == MOST_SHARDS:
+                raise ConfigError(f"more than {MOST_SHARDS:,} shards of {size:,} rows; raise --rows-per-shard")
+            if part is None or number % part[1] == part[0] - 1:
+                yield number, batch
+
     total = rejected = 0
-    for outcome in _outcomes(items, path.name, source, settings, out, processes, part):
-        total, rejected = total + outcome.rows, rejected + len(outcome.rejected)
-        if progress is not None:
-            progress(total, rejected)
-    _finish(out, plan, path, total)
+
+    def tell(results: Iterable[tuple[int, int]]) -> None:
+        nonlocal total, rejected
+        for rows, bad in results:
+            total, rejected = total + rows, rejected + bad
+            if progress is not None:
+                progress(total, rejected)
+
+    with Team[tuple[int, int]](processes, MODULE) as team:
+        dealt: Iterator[Batch] = batches()
+        beside = format in FORMATS and FORMATS[format].beside
+        if settings.on_missing == "error" and (root is not None or beside):
+            missed = Missed(path, root or path, options.get("image_prefix"))
+            dealt = looked_at(batches, missed, size, team)
+        first = list(islice(dealt, 1))  # what is refused before it leaves no folder
+        with _claimed(out, plan, path, root), team:
+            for number, batch in chain(first, dealt):
+                team.give(one_shard, number, batch, path.name, source, settings, out, size=bytes_of(batch))
+                tell(team.ready())
+            tell(team.rest())
+            team.close()
+            _finish(out, plan, path, total)
 
 
 def converted(
@@ -181,7 +205,18 @@ def _check(settings: Settings, processes: int, part: tuple[int, int] | None) -> 
             raise ConfigError(f"{name}: {asdict(settings)[name]!r} is unknown; write one of {', '.join(allowed)}")
 
 
-# Before: what an earlier run left, and pictures that are not there ----------------------------------------------------
+# Before: what an earlier run left -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _claimed(out: Path, plan: dict[str, Any], path: Path, root: Path | None) -> Iterator[None]:
+    """The folder is there and this plan's, and nobody else writes into it while this lasts."""
+    out.mkdir(parents=True, exist_ok=True)
+    with only_writer(out):
+        if (out / INDEX).exists():
+            raise ConfigError(f"{out}: another process has just finished a set here; give the same command again")
+        _start(out, plan, path, root)
+        yield
 
 
 def _start(out: Path, plan: dict[str, Any], path: Path, root: Path | None) -> None:
@@ -200,81 +235,6 @@ def _start(out: Path, plan: dict[str, Any], path: Path, root: Path | None) -> No
     if not same:
         note.parent.mkdir(exist_ok=True)
         write_whole(note, json.dumps(begun, indent=1))
-
-
-def _refuse_missing(
-    format: str,
-    path: Path,
-    root: Path | None,
-    options: Mapping[str, Any],
-    settings: Settings,
-    part: tuple[int, int] | None,
-) -> None:
-    """One look at every row before the first picture is opened, so that a wrong --images costs seconds."""
-    beside = format in FORMATS and FORMATS[format].beside
-    if not (root is not None or beside) or settings.on_missing != "error":
-        return
-    rows, names = 0, {}
-    below = root or path
-    for number, item in enumerate(samples_of(format, path, root, options)):
-        if isinstance(item, Rejected) or not _ours(number // settings.rows_per_shard, part):
-            continue
-        absent = missing(item)
-        rows += bool(absent)
-        for picture in absent:
-            names.setdefault(picture, place_of(item, path.name, number))
-    if names:
-        shown = "".join(f"\n  {name}   ({where})" for name, where in islice(names.items(), 20))
-        more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
-        folder = below if below.is_dir() else below.parent
-        told = (remedy_for(name, folder, options.get("image_prefix")) for name in islice(names, 20))
-        found = next(filter(None, told), "Check --images and --set image_prefix=...")
-        files, verb = (f"{len(names)} files", "are") if len(names) > 1 else ("1 file", "is")
-        by = f"{rows} rows" if rows > 1 else "1 row"
-        raise ConfigError(
-            f"{path}: {files} named by {by} {verb} missing below {below}:{shown}{more}\n"
-            f"{found}; or say --on-missing drop (leave those rows out) or "
-            f"text-only (in a config: options: {{on_missing: drop}})"
-        )
-
-
-# Rows -> shards -------------------------------------------------------------------------------------------------------
-
-
-def _ours(shard: int, part: tuple[int, int] | None) -> bool:
-    return part is None or shard % part[1] == part[0] - 1
-
-
-def _outcomes(
-    items: Iterable[Sample | Rejected],
-    file: str,
-    source: str,
-    settings: Settings,
-    out: Path,
-    processes: int,
-    part: tuple[int, int] | None,
-) -> Iterator[Outcome]:
-    """The outcome of each shard in order; no more rows in memory than the processes are working on."""
-    size = settings.rows_per_shard
-
-    def jobs() -> Iterator[tuple[Any, ...]]:
-        rows = iter(items)
-        for number in count():
-            batch = list(islice(rows, size))
-            if not batch:
-                return
-            if number == MOST_SHARDS:
-                raise ConfigError(f"more than {MOST_SHARDS:,} shards of {size:,} rows; raise --rows-per-shard")
-            if _ours(number, part):
-                yield number, batch, file, source, settings, out
-
-    return in_order(one_shard, jobs(), processes, preload=MODULE, weigh=_bytes_of)
-
-
-def _bytes_of(number: int, items: list[Sample | Rejected], *_: Any) -> int:
-    """Of the pictures that came within the rows themselves."""
-    samples = (item for item in items if isinstance(item, Sample))
-    return sum(len(picture.data) for sample in samples for picture in sample.images if picture.data is not None)
 
 
 # The end: every row accounted for -------------------------------------------------------------------------------------

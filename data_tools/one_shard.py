@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from data_tools.looks import printed
 from data_tools.plan import Settings, plain_name
 from data_tools.rows import Placed, Rejected
 from data_tools.turns import stripped
-from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, VideoPart
+from mmit.data.sample import BoxPart, ImagePart, Message, Picture, Sample, SampleError, VideoPart
 from mmit.data.shard_index import WrittenShard
 from mmit.data.shard_writer import Stored, shard_name, stored, write_shard
 
@@ -40,10 +40,13 @@ def place_of(item: Sample | Rejected, file: str, number: int) -> str:
 
 def one_shard(
     number: int, items: list[Sample | Rejected], file: str, source: str, settings: Settings, out: Path
-) -> Outcome:
-    """Writes one shard and, after it, the record that it is done; what an earlier run finished stays as it is."""
+) -> tuple[int, int]:
+    """Writes one shard and, after it, the record that it is done; what an earlier run finished stays as it is.
+
+    How many rows it had, and how many of them are rejected.
+    """
     if (done := recorded(out, number)) is not None:
-        return done
+        return done.rows, len(done.rejected)
     rejected: list[Rejected] = []
     lost = absent = 0
     name = plain_name(source) or "row"
@@ -72,7 +75,7 @@ def one_shard(
         shard = None
     outcome = Outcome(number, len(items), shard, tuple(rejected), absent, lost)
     write_whole(out / WORK / f"{number:06d}.json", json.dumps(_record(outcome)))
-    return outcome
+    return outcome.rows, len(rejected)
 
 
 def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) -> tuple[Stored, bool]:
@@ -98,13 +101,12 @@ def _ready(item: Sample, key: str, source: str, where: str, settings: Settings) 
                 raise
             pictures.append(None)
     meta = dict(item.meta) | ({"key": item.key} if item.key else {})
-    sample = Sample(key, item.source or source, item.messages, item.images, meta)
-    kept = [picture for picture in pictures if picture is not None]
+    kept = tuple([picture for picture in pictures if picture is not None])
     fewer = len(kept) < len(pictures)
-    if fewer:
-        sample = _without(sample, {n for n, picture in enumerate(pictures) if picture is None}, where)
-    ready = stored(replace(sample, images=tuple(kept)), where)
-    _check_boxes(ready.sample, where)
+    messages = _without(item.messages, pictures, where) if fewer else item.messages
+    ready = stored(Sample(key, item.source or source, messages, kept, meta), where)
+    if boxed:
+        _check_boxes(ready.sample, where)
     return ready, fewer
 
 
@@ -124,11 +126,11 @@ def _check_boxes(sample: Sample, where: str) -> None:
             )
 
 
-def _without(sample: Sample, gone: set[int], where: str) -> Sample:
-    """The sample without these pictures and the parts that show them."""
-    number = {old: new for new, old in enumerate(n for n in range(len(sample.images)) if n not in gone)}
+def _without(said: Sequence[Message], pictures: Sequence[Picture | None], where: str) -> tuple[Message, ...]:
+    """The messages without the parts that show a picture that is None."""
+    number = {old: new for new, old in enumerate(n for n, picture in enumerate(pictures) if picture is not None)}
     messages = []
-    for item in sample.messages:
+    for item in said:
         parts = []
         for part in item.parts:
             match part:
@@ -146,7 +148,7 @@ def _without(sample: Sample, gone: set[int], where: str) -> Sample:
         messages.append(replace(item, parts=stripped(parts)))
     if not any(item.train and item.parts for item in messages):
         raise SampleError(f"{where}: without its missing pictures no answer is left")
-    return replace(sample, messages=tuple(messages))
+    return tuple(messages)
 
 
 def _record(outcome: Outcome) -> dict[str, Any]:

@@ -27,6 +27,9 @@ Result = TypeVar("Result")
 
 MOST_WAITING = 2**30
 """Bytes of jobs that wait, but that one may always."""
+SELDOM = 50_000
+"""Objects made between two searches for cycles among them. Rows hold none, and searching each 700 took 7 % of the time
+of a conversion."""
 COMMAND = "typer"
 """Imported once for all: each process runs the script of the command again, and this is what takes time in it."""
 
@@ -46,57 +49,89 @@ def in_order(
 ) -> Iterator[Result]:
     """What `work` makes of each job, in their order, by this process and `processes` - 1 beside it.
 
-    Two jobs wait for each of the others at most, and no more than MOST_WAITING bytes of what `weigh` says of them, so
-    what is read ahead does not grow with the input. `preload` names the module whose import they share.
+    What is read ahead does not grow with the input; `weigh` tells the bytes of a job. `preload` names the module whose
+    import the processes share.
     """
     queue = iter(jobs)
     head = list(islice(queue, 2))
-    beside = _Beside(processes - 1, preload) if processes > 1 and len(head) > 1 else None
-    waiting: deque[_Waiting[Result]] = deque()
-    reuse_memory()
-    try:
+    with Team[Result](processes if len(head) > 1 else 1, preload) as team:
         for job in chain(head, queue):
-            size = weigh(*job)
-            if beside is not None and beside.free(waiting, size):
-                waiting.append(_Waiting(beside.pool.submit(work, *job), size))
-            else:
-                waiting.append(_Waiting(_done(work(*job)), 0))
-            while waiting and waiting[0].future.done():
-                yield _result(waiting.popleft().future)
-        while waiting:
-            yield _result(waiting.popleft().future)
-    finally:
-        if beside is not None:
-            beside.close()
+            team.give(work, *job, size=weigh(*job))
+            yield from team.ready()
+        yield from team.rest()
+
+
+class Team(Generic[Result]):
+    """This process and `processes` - 1 beside it, which begin when it is first asked whether one of them is free.
+
+    Two jobs wait for each of the others at most, and no more than MOST_WAITING bytes of them. Until the others are up,
+    the one that deals does all the work.
+    """
+
+    def __init__(self, processes: int, preload: str) -> None:
+        self.beside = processes - 1
+        self.preload = preload
+        self._waiting: deque[_Waiting[Result]] = deque()
+        self._pool: ProcessPoolExecutor | None = None
+        self._starting = ThreadPoolExecutor(1)
+        self._up: Future[int]
+        self._collecting = gc.get_threshold()
+        reuse_memory()
+
+    def __enter__(self) -> Team[Result]:
+        gc.set_threshold(SELDOM, *self._collecting[1:])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the other processes when each is done with the job at hand; what waits is not begun."""
+        gc.set_threshold(*self._collecting)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._starting.shutdown(wait=True)
+
+    def free(self, size: int = 0) -> bool:
+        """Whether one more job, of so many bytes, would find a process now or when it is done with the one at hand."""
+        if self.beside < 1:
+            return False
+        if self._pool is None:
+            self._pool = pool = ProcessPoolExecutor(
+                self.beside, mp_context=server(self.preload), initializer=leave_with, initargs=(os.getpid(),)
+            )
+            self._up = self._starting.submit(lambda: pool.submit(os.getpid).result())
+        if not self._up.done():
+            return False
+        _result(self._up)  # a process that was killed at its start must not go unnoticed
+        ahead = [job.bytes for job in self._waiting if not job.future.done()]
+        return len(ahead) < 2 * self.beside and (not ahead or sum(ahead) + size <= MOST_WAITING)
+
+    def give(self, work: Callable[..., Result], *job: Any, size: int = 0) -> None:
+        """A job to a process that is free, else done here and now."""
+        if self.free(size):
+            assert self._pool is not None
+            self._waiting.append(_Waiting(self._pool.submit(work, *job), size))
+        else:
+            done: Future[Result] = Future()
+            done.set_result(work(*job))
+            self._waiting.append(_Waiting(done, 0))
+
+    def ready(self) -> Iterator[Result]:
+        """The results that follow in the order of the jobs, as far as they are there."""
+        while self._waiting and self._waiting[0].future.done():
+            yield _result(self._waiting.popleft().future)
+
+    def rest(self) -> Iterator[Result]:
+        """All results that are still to come."""
+        while self._waiting:
+            yield _result(self._waiting.popleft().future)
 
 
 @dataclass(frozen=True)
 class _Waiting(Generic[Result]):
     future: Future[Result]
     bytes: int
-
-
-class _Beside:
-    """The other processes. Until they are up, the one that deals does all the work."""
-
-    def __init__(self, number: int, preload: str) -> None:
-        context = server(preload)
-        self.number = number
-        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=leave_with, initargs=(os.getpid(),))
-        self._starting = ThreadPoolExecutor(1)
-        self._up = self._starting.submit(lambda: self.pool.submit(os.getpid).result())
-
-    def free(self, waiting: Iterable[_Waiting[Any]], size: int) -> bool:
-        """Whether one more job would find a process, now or when it is done with the one at hand, and memory."""
-        if not self._up.done():
-            return False
-        _result(self._up)  # a process that was killed at its start must not go unnoticed
-        ahead = [job.bytes for job in waiting if not job.future.done()]
-        return len(ahead) < 2 * self.number and (not ahead or sum(ahead) + size <= MOST_WAITING)
-
-    def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self._starting.shutdown(wait=True)
 
 
 def server(module: str) -> ForkServerContext:
@@ -113,12 +148,6 @@ def server(module: str) -> ForkServerContext:
         finally:
             signal.signal(signal.SIGINT, before)
     return context
-
-
-def _done(result: Result) -> Future[Result]:
-    future: Future[Result] = Future()
-    future.set_result(result)
-    return future
 
 
 def _result(future: Future[Result]) -> Result:
