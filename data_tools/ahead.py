@@ -68,7 +68,7 @@ class Missed:
 
 
 def looked_at(
-    batches: Callable[[], Iterable[tuple[int, Rows]]], missed: Missed, rows_per_shard: int, team: Team
+    batches: Callable[[], Iterable[Batch]], missed: Missed, rows_per_shard: int, team: Team
 ) -> Iterator[Batch]:
     """Each batch once: to processes of the team that are free while the others are looked at, then all that are left.
 

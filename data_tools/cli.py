@@ -75,7 +75,7 @@ def convert(
     )
 
     before = conversion(out) is not None and (out / "index.json").exists()
-    with _counted("{} rows, {} rejected") as progress:
+    with _counted("{:,} rows read, {:,} converted, {:,} rejected") as progress:
         shards = convert_input(
             format,
             input,
@@ -404,7 +404,7 @@ def scan(
 
 
 @contextmanager
-def _counted(text: str) -> Iterator[Callable[[int, int], None] | None]:
+def _counted(text: str) -> Iterator[Callable[..., None] | None]:
     """A line on the terminal that is written over and over; None where standard error is no terminal."""
     if not sys.stderr.isatty():
         yield None

@@ -19,16 +19,17 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from data_tools.ahead import Batch, Missed, Rows, bytes_of, looked_at
+from data_tools.ahead import Batch, Missed, bytes_of, looked_at
 from data_tools.finished import PLAN, WORK, read_record, refuse_other_files, write_whole
 from data_tools.formats import FORMATS, checked, options_for, samples_function, samples_of
 from data_tools.looks import need_imagehash
 from data_tools.one_shard import Outcome, one_shard, recorded
 from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_writer, plain_name, plan_of
+from data_tools.rows import Rejected
 from data_tools.workers import Team, server
 from mmit.config import ConfigError, Source
 from mmit.data.provenance import CONVERSION, REJECTED, beside
-from mmit.data.sample import SampleError
+from mmit.data.sample import Sample, SampleError
 from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter
 from mmit.data.shard_writer import TAR, TEMPORARY
 from mmit.data.shards import ShardSet
@@ -56,11 +57,12 @@ def convert(
     settings: Settings | None = None,
     processes: int = 1,
     part: tuple[int, int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> ShardSet:
     """Convert an input and open the result; `RejectedRows` if rows were refused and `on_bad` is not `drop`.
 
-    `part` (i, n) makes the i-th of n shares, to be joined by `merge`; `progress` hears of rows and rejected rows done.
+    `part` (i, n) makes the i-th of n shares, to be joined by `merge`; `progress` hears of rows read, converted and
+    rejected.
     """
     options = options_for(format, options or {})
     settings = _named(settings or Settings(), options)
@@ -92,47 +94,66 @@ def _write_set(
     plan: dict[str, Any],
     processes: int,
     part: tuple[int, int] | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int, int], None] | None,
 ) -> None:
     source = (
         settings.source or plain_name(path.name if path.suffix == "" else path.name.split(".")[0]) or plain_name(format)
     )
-    size = settings.rows_per_shard
+    done = _Tally(progress)
 
-    def batches() -> Iterator[tuple[int, Rows]]:
-        items = iter(samples_of(format, path, root, options))
-        for number in count():
-            batch = list(islice(items, size))
-            if not batch:
-                return
-            if number == MOST_SHARDS:
-                raise ConfigError(f"more than {MOST_SHARDS:,} shards of {size:,} rows; raise --rows-per-shard")
-            if part is None or number % part[1] == part[0] - 1:
-                yield number, batch
-
-    total = rejected = 0
-
-    def tell(results: Iterable[tuple[int, int]]) -> None:
-        nonlocal total, rejected
-        for rows, bad in results:
-            total, rejected = total + rows, rejected + bad
-            if progress is not None:
-                progress(total, rejected)
+    def batches() -> Iterator[Batch]:
+        return _batches(samples_of(format, path, root, options), settings.rows_per_shard, part, done)
 
     with Team[tuple[int, int]](processes, MODULE) as team:
-        dealt: Iterator[Batch] = batches()
+        dealt = batches()
         beside = format in FORMATS and FORMATS[format].beside
         if settings.on_missing == "error" and (root is not None or beside):
             missed = Missed(path, root or path, options.get("image_prefix"))
-            dealt = looked_at(batches, missed, size, team)
+            dealt = looked_at(batches, missed, settings.rows_per_shard, team)
         first = list(islice(dealt, 1))  # what is refused before it leaves no folder
         with _claimed(out, plan, path, root), team:
-            for number, batch in chain(first, dealt):
-                team.give(one_shard, number, batch, path.name, source, settings, out, size=bytes_of(batch))
-                tell(team.ready())
-            tell(team.rest())
-            team.close()
-            _finish(out, plan, path, total)
+            for number, rows in chain(first, dealt):
+                team.give(one_shard, number, rows, path.name, source, settings, out, size=bytes_of(rows))
+                done.add(team.ready())
+            done.add(team.rest())
+            _finish(out, plan, path, done.rows)
+
+
+class _Tally:
+    """How far a conversion is."""
+
+    def __init__(self, progress: Callable[[int, int, int], None] | None) -> None:
+        self.read = self.rows = self.rejected = 0
+        self._progress = progress
+
+    def seen(self, read: int) -> None:
+        self.read = max(self.read, read)
+        self._tell()
+
+    def add(self, results: Iterable[tuple[int, int]]) -> None:
+        for rows, rejected in results:
+            self.rows, self.rejected = self.rows + rows, self.rejected + rejected
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self.read, self.rows, self.rejected)
+
+
+def _batches(
+    items: Iterable[Sample | Rejected], size: int, part: tuple[int, int] | None, done: _Tally
+) -> Iterator[Batch]:
+    """The rows of each shard of the part that is ours."""
+    rows = iter(items)
+    for number in count():
+        batch = list(islice(rows, size))
+        if not batch:
+            return
+        if number == MOST_SHARDS:
+            raise ConfigError(f"more than {MOST_SHARDS:,} shards of {size:,} rows; raise --rows-per-shard")
+        done.seen(number * size + len(batch))
+        if part is None or number % part[1] == part[0] - 1:
+            yield number, batch
 
 
 def converted(
@@ -140,7 +161,7 @@ def converted(
     cache: str | Path,
     *,
     processes: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> Path:
     """The shards of a config's source such as `{llava: notes.json, images: photos/}`, converted once into `cache`.
 

@@ -174,11 +174,11 @@ def _converted(source: Source, cache: Path, processes: int, say: Say) -> Source:
 
     told = time.monotonic()
 
-    def progress(rows: int, rejected: int) -> None:
+    def progress(read: int, rows: int, rejected: int) -> None:
         nonlocal told
         if time.monotonic() - told > 10:
             told = time.monotonic()
-            say(f"{source.title}: {rows} rows converted, {rejected} rejected")
+            say(f"{source.title}: {read} rows read, {rows} converted, {rejected} rejected")
 
     folder = converted(source, cache, processes=processes, progress=progress)
     say(f"{source.title}: its shards are in {folder}")
