@@ -30,6 +30,7 @@ def grid(shards: Path | str, out: Path, *, count: int = 24, columns: int = 6, se
     if not chosen:
         raise ConfigError(f"{shards}: no sample has a picture, so there is nothing to lay out")
     chosen.sort()
+    samples = samples.for_few(chosen)
     columns = min(columns, len(chosen))
     rows = -(-len(chosen) // columns)
     titles = [_title(samples.read(number, images=False), number) for number in chosen]

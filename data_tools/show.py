@@ -49,28 +49,42 @@ def show(
     console: Console | None = None,
 ) -> None:
     """Print `count` samples from `index` on; with a run or a tokenizer, as tokens."""
+    samples, numbers = _asked_for(shards, index, count)
+    binding = _binding(run, stage, language, chat, image_tokens)
+    # No folding: a log or a pipe gets whole lines, a terminal folds by itself.
+    screen = console or Console(highlight=False, soft_wrap=True)
+    for number in numbers:
+        _print(samples, number, binding, image_tokens, screen)
+
+
+def _asked_for(shards: Path | str, index: int, count: int) -> tuple[ShardSet, range]:
     samples = ShardSet(shards)
     if not 0 <= index < len(samples):
         raise ConfigError(f"--index {index}: {shards} holds {len(samples)} samples; write 0 to {len(samples) - 1}")
+    numbers = range(index, min(index + count, len(samples)))
+    return samples.for_few(numbers), numbers
+
+
+def _binding(run: Path | None, stage: str | None, language: str | None, chat: str, image_tokens: int) -> Chat | None:
     if run is not None and language is not None:
         raise ConfigError("--run and --language both name a tokenizer; keep one of them")
     if image_tokens < 1:
         raise ConfigError(f"--image-tokens {image_tokens}: a picture takes at least one token")
-    binding = chat_of_run(run, stage) if run is not None else chat_of(language, chat) if language is not None else None
-    # No folding: a log or a pipe gets whole lines, a terminal folds by itself.
-    screen = console or Console(highlight=False, soft_wrap=True)
-    for number in range(index, min(index + count, len(samples))):
-        sample = samples.read(number, images=False)
-        for line in headed(sample, samples.where(number)):
-            screen.print(line, soft_wrap=True)
-        if binding is None:
-            for item in sample.messages:
-                screen.print(as_text(item, sample), soft_wrap=True)
-        else:
-            rendered = binding.render(sample, [image_tokens] * len(sample.images), boxes=plain_box)
-            screen.print(tokens(binding, rendered, sample, marks=not screen.is_terminal), soft_wrap=True)
-            screen.print(legend(rendered, image_tokens if sample.images else None), soft_wrap=True)
-        screen.print()
+    return chat_of_run(run, stage) if run is not None else chat_of(language, chat) if language is not None else None
+
+
+def _print(samples: ShardSet, number: int, binding: Chat | None, image_tokens: int, screen: Console) -> None:
+    sample = samples.read(number, images=False)
+    for line in headed(sample, samples.where(number)):
+        screen.print(line, soft_wrap=True)
+    if binding is None:
+        for item in sample.messages:
+            screen.print(as_text(item, sample), soft_wrap=True)
+    else:
+        rendered = binding.render(sample, [image_tokens] * len(sample.images), boxes=plain_box)
+        screen.print(tokens(binding, rendered, sample, marks=not screen.is_terminal), soft_wrap=True)
+        screen.print(legend(rendered, image_tokens if sample.images else None), soft_wrap=True)
+    screen.print()
 
 
 def page(
@@ -90,19 +104,11 @@ def page(
     console = Console(
         file=text, force_terminal=True, color_system="truecolor", record=True, soft_wrap=True, width=10**6
     )
+    samples, numbers = _asked_for(shards, index, count)
+    binding = _binding(run, stage, language, chat, image_tokens)
     blocks = []
-    samples = ShardSet(shards)
-    for number in range(index, max(index + 1, min(index + count, len(samples)))):
-        show(
-            shards,
-            index=number,
-            run=run,
-            stage=stage,
-            language=language,
-            chat=chat,
-            image_tokens=image_tokens,
-            console=console,
-        )
+    for number in numbers:
+        _print(samples, number, binding, image_tokens, console)
         shown = console.export_html(theme=MONOKAI, inline_styles=True, code_format="{code}", clear=True)
         pictures = "".join(_inline(picture, samples.where(number)) for picture in samples.read(number).images)
         blocks.append(f"<section>{pictures}<pre>{shown}</pre></section>")

@@ -1,7 +1,8 @@
 """Shards that lie elsewhere: their index fetched at once, each tar when it is first read, into a bounded cache.
 
-A tar is kept under its sha256, so it is the right one whatever the server says of it, and sets share equal tars. Every
-process of a machine may use the cache at once: who reads a tar or fetches it holds a lock on it, and only files that
+A tar is kept under its sha256, so it is the right one whatever the server says of it, and sets share equal tars. Of a
+tar from which little is read, only that is fetched and kept, checked by whoever knows what must stand there. Every
+process of a machine may use the cache at once: who reads a file or fetches it holds a lock on it, and only files that
 nobody holds are removed, those first that were read longest ago.
 """
 
@@ -14,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +23,14 @@ import fsspec
 
 from mmit.config import ConfigError
 from mmit.data.sample import SampleError
-from mmit.data.shard_index import INDEX, SAMPLES, ShardEntry, file_sha256, index_of, read_index
+from mmit.data.shard_index import INDEX, REMEDY, SAMPLES, ShardEntry, file_sha256, index_of, read_index
 
 T = TypeVar("T")
 LIMIT = 100 * 10**9
 """Bytes of tars kept, if nobody says otherwise."""
+STRETCHES_STAY = 86400.0
+"""Seconds that stretches of tars stay longer than tars: little room gone for what every evaluation reads again, while
+the training between them may read more tars than there is room for."""
 ATTEMPTS = 4
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; doubled before each further one."""
@@ -69,6 +73,19 @@ def title(address: str) -> str:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """A file of the cache: a tar, or a stretch of one."""
+
+    url: str
+    """Of the tar."""
+    name: str
+    ending: str
+    bytes: int
+    fetch: Callable[[Path], object]
+    """Makes the file, as it should be, or raises."""
+
+
+@dataclass(frozen=True)
 class RemoteTars:
     """The tars of one set, by their numbers."""
 
@@ -83,95 +100,129 @@ class RemoteTars:
 
     def read(self, number: int, size: int, offset: int) -> bytes:
         """Bytes of tar `number`, fetched now if it is not here; fewer only if the tar ends before."""
-        with self._held(self.entries[number]) as descriptor:
+        with self._held(self._tar(number)) as descriptor:
             return os.pread(descriptor, size, offset)
 
+    def read_alone(self, number: int, size: int, offset: int, check: Callable[[bytes], None]) -> bytes:
+        """The same of a tar that need not come for it: where it is not here, these bytes alone are fetched and kept.
+
+        What comes is held to the size of the tar and to `check`, which raises `SampleError` for what is not right.
+        """
+        tar = self._tar(number)
+        alone = _Kept(
+            tar.url,
+            f"{tar.name}-{offset}",
+            "bytes",
+            size,
+            lambda target: target.write_bytes(_range(tar.url, tar.bytes, offset, size, check)),
+        )
+        if not self._path(alone).exists() and (descriptor := self._opened(tar)) is not None:
+            try:
+                return os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
+        try:
+            with self._held(alone) as descriptor:
+                return os.pread(descriptor, size, 0)
+        except _WholeOnly:
+            found = self.read(number, size, offset)
+        with self._held(replace(alone, fetch=lambda target: target.write_bytes(found))):
+            return found
+
+    def _tar(self, number: int) -> _Kept:
+        entry = self.entries[number]
+        url = f"{self.address}/{entry.name}"
+        return _Kept(
+            url, entry.sha256, "tar", entry.bytes, lambda target: _download(url, target, entry.bytes, entry.sha256)
+        )
+
     @contextmanager
-    def _held(self, entry: ShardEntry) -> Iterator[int]:
-        """The tar opened under a shared lock, which keeps it from being removed."""
-        descriptor = self._opened(entry)
+    def _held(self, kept: _Kept) -> Iterator[int]:
+        """The file opened under a shared lock, which keeps it from being removed."""
+        descriptor = self._opened(kept)
         if descriptor is None:
-            descriptor = self._fetched(entry)
+            descriptor = self._fetched(kept)
         try:
             os.utime(descriptor)
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def _opened(self, entry: ShardEntry) -> int | None:
-        path = self._path(entry)
+    def _opened(self, kept: _Kept) -> int | None:
+        path = self._path(kept)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         status = os.fstat(descriptor)
-        if status.st_nlink and status.st_size == entry.bytes:
+        if status.st_nlink and status.st_size == kept.bytes:
             return descriptor
         if status.st_nlink:  # somebody else cut it: fetch it again
             path.unlink(missing_ok=True)
         os.close(descriptor)
         return None
 
-    def _fetched(self, entry: ShardEntry) -> int:
-        """The tar fetched by this process, or by another that is at it already."""
+    def _fetched(self, kept: _Kept) -> int:
+        """The file fetched by this process, or by another that is at it already."""
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
-            part = self._reserve(entry)
+            part = self._reserve(kept)
             if part is not None:
                 try:
-                    path = self._path(entry, part=True)
-                    _download(f"{self.address}/{entry.name}", path, entry.bytes, entry.sha256)
-                    os.replace(path, self._path(entry))
+                    path = self._path(kept, part=True)
+                    kept.fetch(path)
+                    os.replace(path, self._path(kept))
                 except BaseException:
                     with suppress(FileNotFoundError):
-                        os.unlink(self._path(entry, part=True))
+                        os.unlink(self._path(kept, part=True))
                     os.close(part)
                     raise
                 fcntl.flock(part, fcntl.LOCK_SH)
                 return part
-            descriptor = self._opened(entry)
+            descriptor = self._opened(kept)
             if descriptor is not None:
                 return descriptor
             time.sleep(0.05)
 
-    def _reserve(self, entry: ShardEntry) -> int | None:
+    def _reserve(self, kept: _Kept) -> int | None:
         """An empty locked file that stands for the bytes to come; None if another process came first or room lacks."""
-        if entry.bytes > self.limit:
+        if kept.bytes > self.limit:
             raise ConfigError(
-                f"{self.address}/{entry.name}: has {entry.bytes:,} bytes, remote_cache_gb allows {self.limit:,} for "
+                f"{kept.url}: has {kept.bytes:,} bytes, remote_cache_gb allows {self.limit:,} for "
                 f"all tars; raise it, or convert with fewer rows_per_shard"
             )
         with _locked(self.folder / ".lock"):
-            path = self._path(entry, part=True)
-            if self._path(entry).exists() or (path.exists() and not _abandoned(path)):
+            path = self._path(kept, part=True)
+            if self._path(kept).exists() or (path.exists() and not _abandoned(path)):
                 return None
-            if not self._make_room(entry.bytes):
+            if not self._make_room(kept.bytes):
                 return None
             part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(part, fcntl.LOCK_EX)
             return part
 
     def _make_room(self, size: int) -> bool:
-        """Whether `size` more bytes are within the limit, after removing tars that nobody reads."""
-        taken, tars = 0, []
+        """Whether `size` more bytes are within the limit, after removing files that nobody reads."""
+        taken, files = 0, []
         for path in self.folder.iterdir():
             if path.suffix == ".part":
                 # What is being fetched counts with the size it will have, which its name tells.
                 taken += 0 if _abandoned(path) else int(path.stem.rpartition("-")[2])
-            elif path.suffix == ".tar":
+            elif path.suffix in (".tar", ".bytes"):
                 status = path.stat()
                 taken += status.st_size
-                tars.append((status.st_mtime_ns, status.st_size, path))
-        for _, bytes_, path in sorted(tars):
+                longer = STRETCHES_STAY if path.suffix == ".bytes" else 0
+                files.append((status.st_mtime + longer, status.st_size, path))
+        for _, bytes_, path in sorted(files):
             if taken + size <= self.limit:
                 break
             if _abandoned(path):
                 taken -= bytes_
         return taken + size <= self.limit
 
-    def _path(self, entry: ShardEntry, *, part: bool = False) -> Path:
-        return self.folder / (f"{entry.sha256}-{entry.bytes}.part" if part else f"{entry.sha256}.tar")
+    def _path(self, kept: _Kept, *, part: bool = False) -> Path:
+        return self.folder / (f"{kept.name}-{kept.bytes}.part" if part else f"{kept.name}.{kept.ending}")
 
 
 def _abandoned(path: Path) -> bool:
@@ -211,6 +262,37 @@ def _download(url: str, target: Path, size: int, sha256: str) -> None:
     _again(url, once)
 
 
+def _range(url: str, whole: int, offset: int, size: int, check: Callable[[bytes], None]) -> bytes:
+    """Bytes of the file at `url`, which must have `whole` of them, or `RemoteError` if they do not pass the check.
+
+    `_WholeOnly` for a server that gives whole files alone.
+    """
+
+    def once(files: Any, path: str) -> bytes:
+        with files.open(path, "rb", cache_type="none") as file:
+            try:
+                file.seek(0, os.SEEK_END)
+                if (there := file.tell()) != whole:
+                    raise _Wrong(f"has {there:,} bytes, {INDEX} says {whole:,}")
+                file.seek(offset)
+                found = file.read(size)
+            except ValueError:
+                raise _WholeOnly from None
+        if len(found) != size:
+            raise _Wrong(f"gives {len(found):,} of the {size:,} bytes from byte {offset:,} on")
+        try:
+            check(found)
+        except SampleError as error:
+            raise _Wrong(str(error).removesuffix(f"; {REMEDY}")) from None
+        return found
+
+    return _again(url, once)
+
+
+class _WholeOnly(Exception):
+    """A server that gives no part of a file."""
+
+
 class _Wrong(Exception):
     """What came is not what the index says."""
 
@@ -228,7 +310,7 @@ def _again(url: str, action: Callable[[Any, str], T]) -> T:
             raise RemoteError(
                 f"{url}: is not there; name the folder that `mmit-data convert` wrote, copied whole, {INDEX} last"
             ) from None
-        except (ConfigError, SampleError):
+        except (ConfigError, SampleError, _WholeOnly):
             raise
         except _Wrong as error:
             if isinstance(problem, _Wrong):

@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 import tarfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,7 @@ from mmit.data.shard_index import (
     INDEX,
     REMEDY,
     SAMPLES,
+    SCHEMA,
     Fault,
     Index,
     arrow_file,
@@ -41,6 +44,8 @@ from mmit.data.shard_index import (
 from mmit.data.shard_writer import BLOCK, ShardWriter, checked, row_of
 
 OPEN_TARS = 64
+REQUEST = 10**6
+"""Bytes that come in the time that it takes to ask for some: less of a tar than this is not worth asking for alone."""
 
 
 def write_shards(
@@ -89,6 +94,7 @@ class ShardSet:
         self._arrow = arrow_file(self.folder, index)
         self._table = map_samples(self._arrow)
         self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
+        self._alone: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_table", "_tars")}
@@ -106,6 +112,18 @@ class ShardSet:
         self._check_number(i)
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         return shard, i - int(self._starts[shard])
+
+    def for_few(self, indices: Iterable[int]) -> ShardSet:
+        """The same set for whoever reads these samples alone: a tar that would have to be fetched, and of which they
+        are little, does not come for them. They are fetched and kept one by one."""
+        few = copy(self)
+        if self._remote is not None:
+            needed: Counter[int] = Counter()
+            for i in set(indices):
+                needed[self.shard_of(i)[0]] += self._value("bytes", i) + REQUEST
+            entries = self._remote.entries
+            few._alone = frozenset(shard for shard, size in needed.items() if size < entries[shard].bytes)
+        return few
 
     @property
     def is_remote(self) -> bool:
@@ -144,9 +162,10 @@ class ShardSet:
         if self._in_place:
             return self._read_in_place(i, shard, where, images=images)
         json_bytes = self._value("json_bytes", i)
-        size = self._value("bytes", i) if images else BLOCK + json_bytes
+        alone = shard in self._alone  # then it comes whole, as it is kept
+        size = self._value("bytes", i) if images or alone else BLOCK + json_bytes
         offset = self._value("offset", i)
-        raw = self._bytes(shard, size, offset)
+        raw = self._bytes(shard, size, offset, partial(self._check_row, i, where))
         if len(raw) < size:
             raise SampleError(f"{where}: the tar ends at byte {offset + len(raw)} inside this sample; {REMEDY}")
         return _sample(raw, self.key(i), json_bytes, where, images=images)
@@ -210,15 +229,22 @@ class ShardSet:
         pictures = []
         places = zip(sample.images, self._value("picture_offsets", i), self._value("picture_bytes", i), strict=True)
         for number, (picture, offset, size) in enumerate(places):
-            content = self._bytes(shard, size, offset)
-            if hashlib.sha256(content).hexdigest() != picture.sha256:
-                raise SampleError(
-                    f"{where}: picture {number} is not the one that was indexed (sha256 differs); {REMEDY}"
-                )
+            check = partial(_check_picture, f"{where}: picture {number}", picture.sha256)
+            content = self._bytes(shard, size, offset, check)
+            check(content)
             pictures.append(replace(picture, data=content))
         return replace(sample, images=tuple(pictures))
 
-    def _bytes(self, shard: int, size: int, offset: int) -> bytes:
+    def _check_row(self, i: int, where: str, raw: bytes) -> None:
+        """`SampleError` if these are not the bytes of sample `i`, as far as the index can tell."""
+        record = {name: self._value(name, i) for name in SCHEMA.names}
+        if _differs(_sample(raw, record["key"], record["json_bytes"], where, images=True), record):
+            raise SampleError(f"{where}: is not as {SAMPLES} says; {REMEDY}")
+
+    def _bytes(self, shard: int, size: int, offset: int, check: Callable[[bytes], None]) -> bytes:
+        """`check` is for bytes that come from elsewhere without the tar whose hash would be known."""
+        if self._remote is not None and shard in self._alone:
+            return self._remote.read_alone(shard, size, offset, check)
         if self._remote is not None:
             return self._remote.read(shard, size, offset)
         tar = self._tar(shard)  # held by name while it is read: another thread may put it out of the list
@@ -331,10 +357,7 @@ def _sample_faults(tar: IO[bytes], name: str, rows: pa.Table, shard: int) -> Ite
         except SampleError as error:
             yield Fault(where, str(error).removeprefix(f"{where}: "))
             continue
-        found = asdict(row_of(sample, record["offset"], record["bytes"], record["json_bytes"]))
-        if any(
-            record[column] != (list(value) if isinstance(value, tuple) else value) for column, value in found.items()
-        ):
+        if _differs(sample, record):
             yield Fault(where, f"{SAMPLES} and the sample itself differ; convert again")
         for number, picture in enumerate(sample.images):
             here = f"{where}: picture {number}"
@@ -346,6 +369,17 @@ def _sample_faults(tar: IO[bytes], name: str, rows: pa.Table, shard: int) -> Ite
     rest = tar.read()
     if rest.strip(b"\0") or len(rest) < 2 * BLOCK:
         yield Fault(name, f"does not end after its last sample as a tar must; {REMEDY}")
+
+
+def _check_picture(where: str, sha256: str, content: bytes) -> None:
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise SampleError(f"{where} is not the one that was indexed (sha256 differs); {REMEDY}")
+
+
+def _differs(sample: Sample, record: Mapping[str, Any]) -> bool:
+    """Whether the index says otherwise of a sample than it is."""
+    found = asdict(row_of(sample, record["offset"], record["bytes"], record["json_bytes"]))
+    return any(record[name] != (list(value) if isinstance(value, tuple) else value) for name, value in found.items())
 
 
 def _sample(raw: bytes, key: str, json_bytes: int, where: str, *, images: bool) -> Sample:

@@ -172,9 +172,12 @@ def _held_out_steps(
     origins, evaluated = [], []
     for encoder, indices in pairs:
         if len(indices):
-            chosen = permutation(len(indices), config.seed, "evaluate")[: config.eval.samples]
-            origins.append(Origin(encoder.shards.fingerprint, indices[np.sort(chosen)]))
-            evaluated.append(encoder)
+            chosen = indices[np.sort(permutation(len(indices), config.seed, "evaluate")[: config.eval.samples])]
+            origins.append(Origin(encoder.shards.fingerprint, chosen))
+            # Chosen out of the whole set, they lie in many tars, each of which would else come, and come again at the
+            # next evaluation where the cache is smaller than the set.
+            few = encoder.shards.for_few(chosen.tolist())
+            evaluated.append(Encoder(few, encoder.rendering, encoder.source, cache))
     if not origins:
         share = f"{config.eval.holdout.fraction:g} by {config.eval.holdout.by}" if config.eval.holdout else "eval.data"
         samples = sum(len(encoder.shards) for encoder in encoders)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import http.server
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,7 @@ from mmit.data.remote import RemoteError, is_remote
 from mmit.data.sample import SampleError
 from mmit.data.shards import ShardSet, write_shards
 from tests.data.pictures import mixed
+from tests.data.served import Counting, Ranged, served
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +44,12 @@ def address(local: ShardSet, request: pytest.FixtureRequest) -> Iterator[str]:
     files.rm(root, recursive=True)
 
 
-class Counting(http.server.SimpleHTTPRequestHandler):
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        super().do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:
-        del format, args  # a test is quiet
-
-
-@pytest.fixture
-def server(local: ShardSet) -> Iterator[tuple[str, list[str]]]:
+@pytest.fixture(params=[Counting])
+def server(local: ShardSet, request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
     """The address of the set on a server of this machine, and what it has been asked for."""
     pytest.importorskip("aiohttp", reason="http needs the extra mmit[remote]")
-    asked: list[str] = []
-    handler = type("Handler", (Counting,), {"asked": asked})
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args: handler(*args, directory=str(local.folder.parent))
-    ) as served:
-        thread = threading.Thread(target=served.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{served.server_address[1]}/set", asked
-        served.shutdown()
-        thread.join()
+    with served(local.folder.parent, request.param) as (root, asked):
+        yield f"{root}/set", asked
 
 
 def tars(cache: Path) -> dict[str, int]:
@@ -242,3 +222,99 @@ def test_addresses_that_lead_nowhere_are_named(text: str, tmp_path: Path) -> Non
 def test_folders_are_no_addresses() -> None:
     assert not any(is_remote(text) for text in ("data/set", "/data/set", "C:set", Path("s3://x")))
     assert all(is_remote(text) for text in ("s3://b/set", "gs://b/x", "memory://x", "http://h/x"))
+
+
+# A few samples of large tars --------------------------------------------------------------
+
+
+@pytest.fixture
+def large_tars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking costs nothing, as it does beside a gigabyte."""
+    monkeypatch.setattr("mmit.data.shards.REQUEST", 0)
+
+
+@pytest.mark.parametrize("server", [Ranged], indirect=True)
+def test_a_few_samples_come_without_their_tars_and_once(
+    server: tuple[str, list[str]], local: ShardSet, tmp_path: Path, large_tars: None
+) -> None:
+    wanted = [1, 8, 22]
+    few = ShardSet(server[0], cache=tmp_path).for_few(wanted)
+    for _ in range(2):
+        for i in wanted:
+            assert few.read(i) == local.read(i)
+            assert few.read(i, images=False) == local.read(i, images=False)
+    sizes = [f"/set/{local.shard_names[local.shard_of(i)[0]]} {local._value('bytes', i)}" for i in wanted]
+    assert [line for line in server[1] if ".tar" in line] == sizes
+
+
+def test_a_few_samples_from_memory_are_those_beside_us(
+    address: str, local: ShardSet, tmp_path: Path, large_tars: None
+) -> None:
+    few = ShardSet(address, cache=tmp_path).for_few([3, 17])
+    assert [few.read(i) for i in (3, 17)] == [local.read(i) for i in (3, 17)]
+    assert not [name for name in tars(tmp_path) if name.endswith(".tar")]
+
+
+def test_a_few_samples_are_read_from_a_tar_that_is_here(
+    address: str, local: ShardSet, tmp_path: Path, large_tars: None
+) -> None:
+    shards = ShardSet(address, cache=tmp_path)
+    shards.read(0)
+    assert shards.for_few([1]).read(1) == local.read(1)
+    assert list(tars(tmp_path)) == [f"{local.shard_sha256[0]}.tar"]
+
+
+def test_of_a_server_without_ranges_the_tars_come_once_for_a_few_samples(
+    server: tuple[str, list[str]], local: ShardSet, tmp_path: Path, large_tars: None
+) -> None:
+    wanted = [1, 8, 12, 22]
+    largest = max((local.folder / name).stat().st_size for name in local.shard_names)
+    few = ShardSet(server[0], cache=tmp_path, limit=2 * largest).for_few(wanted)
+    for _ in range(3):
+        assert [few.read(i) for i in wanted] == [local.read(i) for i in wanted]
+    whole = [path for path in server[1] if path.endswith(".tar")]
+    assert {path: whole.count(path) for path in whole} == {
+        f"/set/{local.shard_names[local.shard_of(i)[0]]}": 2 for i in wanted
+    }, "once for the range, whose answer is left unread, and once whole"
+
+
+def test_a_tar_of_which_much_is_read_comes_whole(
+    address: str, local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = max((local.folder / name).stat().st_size for name in local.shard_names)
+    monkeypatch.setattr("mmit.data.shards.REQUEST", largest // 4)
+    few = ShardSet(address, cache=tmp_path).for_few([1, *range(5, 10)])
+    assert [few.read(i) for i in (1, 5, 9)] == [local.read(i) for i in (1, 5, 9)]
+    assert sorted(name.partition(".")[2] for name in tars(tmp_path)) == ["bytes", "tar"]
+
+
+def test_what_is_kept_of_a_few_samples_stays_in_bounds(
+    address: str, local: ShardSet, tmp_path: Path, large_tars: None
+) -> None:
+    largest = max(local._value("bytes", i) for i in range(23))
+    few = ShardSet(address, cache=tmp_path, limit=2 * largest).for_few([2, 9, 14, 21])
+    for i in (2, 9, 14, 21, 2):
+        assert few.read(i) == local.read(i)
+        assert sum(tars(tmp_path).values()) <= 2 * largest
+
+
+@pytest.mark.parametrize("place", ["picture", "text", "end"])
+def test_a_few_samples_that_are_not_what_was_indexed_are_refused(
+    address: str, local: ShardSet, tmp_path: Path, large_tars: None, place: str
+) -> None:
+    files, root = fsspec.core.url_to_fs(address)
+    path = f"{root}/{local.shard_names[0]}"
+    data = bytearray(files.cat_file(path))
+    i = next(i for i in range(5) if local.image_sizes(i))
+    start, size, text = (local._value(column, i) for column in ("offset", "bytes", "json_bytes"))
+    if place == "picture":
+        data[start + size - 512] ^= 1
+    elif place == "text":
+        data[start + 512 + text // 2] = 0
+    else:
+        del data[-512:]
+    files.pipe_file(path, bytes(data))
+    few = ShardSet(address, cache=tmp_path).for_few([i])
+    with pytest.raises(RemoteError, match=rf"set/{local.shard_names[0]}: .*copy the set again"):
+        few.read(i)
+    assert tars(tmp_path) == {}

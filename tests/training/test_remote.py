@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import io
 import re
 import tarfile
-import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_tools.index import index
+from mmit.data.shards import ShardSet
 from mmit.training.data import SURVEYED_TARS, too_long
 from tests.data.pictures import picture
+from tests.data.served import Ranged, served
 from tests.training.tiny import (
     assembled,
     config,
     ended,
     metrics,
+    mixed,
     opened,
     run,
     said,
@@ -35,29 +36,24 @@ TRAIN = {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
 
 
 @pytest.fixture
-def served(data: Path) -> Iterator[str]:
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(data.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+def host(data: Path) -> Iterator[str]:
+    with served(data.parent) as (root, _):
+        yield root
 
 
 def test_a_run_over_the_network_gives_the_losses_of_the_run_beside_the_data(
-    data: Path, served: str, tmp_path: Path
+    data: Path, host: str, tmp_path: Path
 ) -> None:
     beside = run(config(tmp_path / "beside", stage("sft", data, TRAIN)))
     largest = max(path.stat().st_size for path in data.glob("*.tar"))
-    far = stage("sft", data, TRAIN) | {"data": [{"shards": f"{served}/{data.name}"}]}
+    far = stage("sft", data, TRAIN) | {"data": [{"shards": f"{host}/{data.name}"}]}
     bounds = {"workers": 2, "remote_cache_gb": 2 * largest / 1e9, "cache": str(tmp_path / "other")}
     assert metrics(run(config(tmp_path / "far", far, **bounds))) == metrics(beside)
     kept = list((tmp_path / "other" / "remote" / "tars").glob("*.tar"))
     assert 0 < sum(path.stat().st_size for path in kept) <= 2 * largest
 
 
-def test_tars_of_others_train_in_place_beside_us_and_over_the_network(served: str, data: Path, tmp_path: Path) -> None:
+def test_tars_of_others_train_in_place_beside_us_and_over_the_network(host: str, data: Path, tmp_path: Path) -> None:
     folder = data.parent / "tars"
     folder.mkdir()
     for number in range(3):
@@ -70,18 +66,46 @@ def test_tars_of_others_train_in_place_beside_us_and_over_the_network(served: st
     index(folder)
     beside = run(config(tmp_path / "beside", stage("sft", folder, TRAIN)))
     assert len(metrics(beside)) == 3
-    far = stage("sft", folder, TRAIN) | {"data": [{"shards": f"{served}/tars"}]}
+    far = stage("sft", folder, TRAIN) | {"data": [{"shards": f"{host}/tars"}]}
     assert metrics(run(config(tmp_path / "far", far, cache=str(tmp_path / "other")))) == metrics(beside)
 
 
-def test_the_first_look_at_a_set_fetches_few_of_its_tars(data: Path, served: str, tmp_path: Path) -> None:
+def test_the_first_look_at_a_set_fetches_few_of_its_tars(data: Path, host: str, tmp_path: Path) -> None:
     folder = shards(data.parent / "many", [written(number) for number in range(60)])
     assert len(list(folder.glob("*.tar"))) > SURVEYED_TARS
-    far = stage("sft", folder, {"language": {"lr": 1e-3}}, max_tokens=40) | {"data": [{"shards": f"{served}/many"}]}
+    far = stage("sft", folder, {"language": {"lr": 1e-3}}, max_tokens=40) | {"data": [{"shards": f"{host}/many"}]}
     wanted = config(tmp_path / "run", far, vision=None, cache=str(tmp_path / "other"))
     (line,) = too_long(opened(wanted, assembled(wanted)))
     assert len(list((tmp_path / "other" / "remote" / "tars").glob("*.tar"))) == SURVEYED_TARS
     assert re.search(r"of \d+ sampled of 60 samples", line)
+
+
+def test_evaluations_fetch_what_they_hold_out_once_and_not_its_tars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmit.data.shards.REQUEST", 0)  # as beside a gigabyte
+    folder = shards(tmp_path / "many", mixed(200))
+    largest = max(path.stat().st_size for path in folder.glob("*.tar"))
+    eval = {"holdout": {"fraction": 0.3, "by": "sample"}, "every": 1, "generate": 2, "max_new_tokens": 2}
+    few = {"steps": 2, "order": "window", "window": 1}
+    beside = run(config(tmp_path / "beside", stage("sft", folder, TRAIN, **few), eval=eval))
+    with served(tmp_path, Ranged) as (root, asked):
+        far = stage("sft", folder, TRAIN, **few) | {"data": [{"shards": f"{root}/many"}]}
+        cache = {"cache": str(tmp_path / "other"), "remote_cache_gb": 15 * largest / 1e9}
+        wanted = config(tmp_path / "far", far, eval=eval, **cache)
+        assert metrics(run(wanted), evaluations=True) == metrics(beside, evaluations=True)
+        held_out = opened(wanted, assembled(wanted)).held_out
+    assert held_out is not None
+    local = ShardSet(folder)
+    places = [(local.shard_of(int(i))[0], local._value("bytes", int(i))) for i in held_out.order.origins[0].indices]
+    assert len({shard for shard, _ in places}) > 20
+    sizes = {f"/many/{path.name} {path.stat().st_size}" for path in folder.glob("*.tar")}
+    whole = [line for line in asked if line in sizes]
+    alone = [line for line in asked if ".tar" in line and line not in sizes]
+    assert len(whole) <= SURVEYED_TARS + 3, "what was looked at and trained on"
+    once = Counter(f"/many/{local.shard_names[shard]} {size}" for shard, size in places)
+    assert not Counter(alone) - once
+    assert len(alone) > 40, "but for those in the tars that are here"
 
 
 def test_a_shard_that_went_away_stops_the_run_though_bad_samples_are_skipped(tmp_path: Path) -> None:
