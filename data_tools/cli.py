@@ -236,6 +236,7 @@ def stats(
     most: Annotated[int, typer.Option(min=1, help="Read at most this many samples, drawn by a fixed seed.")] = 20000,
 ) -> None:
     """Count turns, pictures, sizes and tokens, of each set and of an epoch over all; with --html, as a page."""
+    from data_tools.finished import write_whole
     from data_tools.stats import epoch, measure, report, summary
 
     found = measure(shards, language=language, chat=chat, image_tokens=image_tokens, max_tokens=max_tokens, most=most)
@@ -248,7 +249,7 @@ def stats(
         for row in epoch(found):
             print(f"{row[0]:<24}", *(f"{cell:>14}" for cell in row[1:]))
     if html is not None:
-        html.write_text(report(found, max_tokens=max_tokens), encoding="utf-8")
+        write_whole(html, report(found, max_tokens=max_tokens))
         print(f"{html} written")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmit.config import ConfigError
+from mmit.data.files import whole
 from mmit.data.shard_index import UNFINISHED, SampleRow, ShardEntry, WrittenShard
 
 WORK, PLAN = ".unfinished", "plan.json"
@@ -61,6 +61,5 @@ def _row(record: dict[str, Any]) -> SampleRow:
 
 def write_whole(path: Path, text: str) -> None:
     """The file with this text, or what was there before."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_tools.lettering import lettering, wrapped
 from mmit.config import ConfigError
+from mmit.data.files import whole
 from mmit.data.images import decode
 from mmit.data.sample import Sample
 from mmit.data.shards import ShardSet
@@ -19,6 +20,8 @@ def grid(shards: Path | str, out: Path, *, count: int = 24, columns: int = 6, se
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out}: the page is a PNG; write a name that ends in .png")
     samples = ShardSet(shards)
     order = np.random.default_rng(seed).permutation(len(samples))
     chosen: list[int] = []
@@ -44,7 +47,8 @@ def grid(shards: Path | str, out: Path, *, count: int = 24, columns: int = 6, se
         axes.set_axis_off()
         axes.set_title(font.drawn(title), fontsize=7, loc="left", parse_math=False, fontfamily=font.families)
     figure.tight_layout()
-    figure.savefig(out, metadata={"Software": None})
+    with whole(out) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     return len(chosen), font.notice
 
 

@@ -20,6 +20,7 @@ from data_tools.rows import Rejected, Row
 from data_tools.tars import PICTURES, Group, Member, groups, is_plain
 from data_tools.workers import in_order
 from mmit.config import ConfigError
+from mmit.data.files import whole
 from mmit.data.provenance import REJECTED
 from mmit.data.sample import Sample, SampleError, check, to_json
 from mmit.data.shard_index import INDEX, IndexWriter, InPlaceRow, ShardEntry, WrittenShard, file_sha256, read_index
@@ -58,27 +59,24 @@ def index(
     if on_bad not in ("error", "drop"):
         raise ConfigError(f"on_bad: {on_bad!r} is unknown; write error or drop")
     reading = Reading(source or folder.resolve().name, prompt, strip, decode)
-    listed = folder / f"{REJECTED}.{os.getpid()}.tmp"
     samples, rejected, first = 0, 0, []
-    try:
-        with IndexWriter(folder, in_place=True) as writer, listed.open("w", encoding="utf-8") as out:
-            jobs = ((tar, reading) for tar in tars)
-            for done, (shard, refused) in enumerate(in_order(scan, jobs, processes, preload="data_tools.index"), 1):
-                writer.add(shard)
-                samples, rejected = samples + shard.entry.samples, rejected + len(refused)
-                first += [item.reason for item in refused][: 5 - len(first)]
-                out.writelines(json.dumps(asdict(item), ensure_ascii=True) + "\n" for item in refused)
-                if progress is not None:
-                    progress(done, len(tars))
-            reasons = "".join(f"\n  {reason}" for reason in first)
-            if samples == 0:
-                raise RejectedRows(
-                    f"{folder}: none of the {rejected} samples in {len(tars)} tars can be read:{reasons}"
-                )
-            writer.finish()
-        os.replace(listed, folder / REJECTED)
-    finally:
-        listed.unlink(missing_ok=True)
+    with (
+        whole(folder / REJECTED) as listed,
+        IndexWriter(folder, in_place=True) as writer,
+        listed.open("w", encoding="utf-8") as out,
+    ):
+        jobs = ((tar, reading) for tar in tars)
+        for done, (shard, refused) in enumerate(in_order(scan, jobs, processes, preload="data_tools.index"), 1):
+            writer.add(shard)
+            samples, rejected = samples + shard.entry.samples, rejected + len(refused)
+            first += [item.reason for item in refused][: 5 - len(first)]
+            out.writelines(json.dumps(asdict(item), ensure_ascii=True) + "\n" for item in refused)
+            if progress is not None:
+                progress(done, len(tars))
+        reasons = "".join(f"\n  {reason}" for reason in first)
+        if samples == 0:
+            raise RejectedRows(f"{folder}: none of the {rejected} samples in {len(tars)} tars can be read:{reasons}")
+        writer.finish()
     if not rejected:
         (folder / REJECTED).unlink()
     elif on_bad == "error":

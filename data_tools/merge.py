@@ -17,9 +17,10 @@ from data_tools.convert import COUNTS, conversion
 from data_tools.finished import PLAN, WORK, read_record, refuse_other_files, write_whole
 from data_tools.plan import only_writer
 from mmit.config import ConfigError
+from mmit.data.files import whole
 from mmit.data.provenance import CONVERSION, REJECTED, licenses
 from mmit.data.sample import SampleError
-from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard, read_index, seal
+from mmit.data.shard_index import INDEX, SAMPLES, UNFINISHED, SampleRow, ShardEntry, WrittenShard, read_index
 from mmit.data.shard_writer import TAR, TEMPORARY, shard_name, write_index
 from mmit.data.shards import ShardSet
 
@@ -55,8 +56,8 @@ def merge(folders: Sequence[Path], out: Path) -> ShardSet:
             _start(out, joined)
             rejected = _rejected(sets)
             if rejected:
-                (out / REJECTED).write_text("".join(rejected), encoding="utf-8")
-            (out / CONVERSION).write_text(json.dumps(_summary(sets, rejected), indent=1) + "\n", encoding="utf-8")
+                write_whole(out / REJECTED, "".join(rejected))
+            write_whole(out / CONVERSION, json.dumps(_summary(sets, rejected), indent=1) + "\n")
             write_index(out, _placed(listed, joined, out, numbered=bool(parts)))
     shutil.rmtree(out / WORK, ignore_errors=True)
     (out / UNFINISHED).unlink(missing_ok=True)
@@ -171,7 +172,7 @@ def _link(source: Path, target: Path, entry: ShardEntry) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        with source.open("rb") as original, temporary.open("wb") as copy:
+        with source.open("rb") as original, whole(target) as temporary, temporary.open("wb") as copy:
             shutil.copyfileobj(original, copy, 1 << 20)
-            seal(copy, temporary, target)
+            copy.flush()
+            os.fsync(copy.fileno())

@@ -17,6 +17,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from data_tools.album import png_of
+from data_tools.finished import write_whole
 from mmit.config import Config, ConfigError, RandomLanguage, load_config
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.chat import Chat, Rendered, Span, find_placeholder, resolve
@@ -112,7 +113,7 @@ def page(
         shown = console.export_html(theme=MONOKAI, inline_styles=True, code_format="{code}", clear=True)
         pictures = "".join(_inline(picture, samples.where(number)) for picture in samples.read(number).images)
         blocks.append(f"<section>{pictures}<pre>{shown}</pre></section>")
-    out.write_text(PAGE.format(title=html.escape(samples.name), body="".join(blocks)), encoding="utf-8")
+    write_whole(out, PAGE.format(title=html.escape(samples.name), body="".join(blocks)))
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" \

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from data_tools.quality.pictures import check_bits, prints_of
 from data_tools.quality.subset import Derived, Progress, Removal, derive, open_set, silent, texts_of
 from data_tools.quality.words import words
 from mmit.config import ConfigError
+from mmit.data.files import whole
 from mmit.data.sample import SampleError
 from mmit.data.shards import ShardSet
 
@@ -117,29 +117,22 @@ def survey(
     matched = marked = 0
     first: list[Match] = []
     found: dict[str, set[tuple[int, int]]] = {"text": set(), "picture": set()}
-    temporary = report.with_name(f"{report.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(json.dumps(_header(opened, evaluations, words_in_common, covered, alike)) + "\n")
-            for number, sample in texts_of(opened, progress, "compare"):
-                hits = [
-                    (item, "text", share, text) for item, share, text in index.found([m.text for m in sample.messages])
-                ]
-                hits += [(item, kind, 1.0, "") for item, kind in shown.get(number, [])]
-                matches = []
-                for item, kind, share, text in hits:
-                    found["text" if kind == "text" else "picture"].add(item)
-                    place = evaluations[item[0]].where(item[1])
-                    remove = kind != "text" or share >= covered
-                    matches.append(Match(sample.key, number, place, kind, round(share, 4), text, remove))
-                for match in matches:
-                    stream.write(json.dumps(asdict(match), ensure_ascii=False) + "\n")
-                matched += bool(matches)
-                marked += any(match.remove for match in matches)
-                first += matches[: max(0, 10 - len(first))]
-        os.replace(temporary, report)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(report) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(json.dumps(_header(opened, evaluations, words_in_common, covered, alike)) + "\n")
+        for number, sample in texts_of(opened, progress, "compare"):
+            hits = [(item, "text", share, text) for item, share, text in index.found([m.text for m in sample.messages])]
+            hits += [(item, kind, 1.0, "") for item, kind in shown.get(number, [])]
+            matches = []
+            for item, kind, share, text in hits:
+                found["text" if kind == "text" else "picture"].add(item)
+                place = evaluations[item[0]].where(item[1])
+                remove = kind != "text" or share >= covered
+                matches.append(Match(sample.key, number, place, kind, round(share, 4), text, remove))
+            for match in matches:
+                stream.write(json.dumps(asdict(match), ensure_ascii=False) + "\n")
+            matched += bool(matches)
+            marked += any(match.remove for match in matches)
+            first += matches[: max(0, 10 - len(first))]
     per_set = [
         Against(
             evaluation.folder.name,

@@ -7,8 +7,8 @@ compared in truth, so nothing is called a duplicate by chance.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools.quality.words import jaccard, shingles
 from mmit.config import ConfigError
+from mmit.data.files import named
 
 PERMUTATIONS = 128
 SEED = 1
@@ -58,7 +59,7 @@ class NearTexts:
         self.rows = rows_of_band(threshold)
         self.bands = PERMUTATIONS // self.rows
         self.path = path
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.file = path.open("w+b")
         self.taken = 0
         self.waiting: list[list[str]] = []
         self.salts: list[int] = []
@@ -69,7 +70,8 @@ class NearTexts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        os.close(self.file)
+        with suppress(OSError):  # on a full disk closing fails too
+            self.file.close()
         self.path.unlink(missing_ok=True)
 
     def add(self, text: str, salt: int) -> None:
@@ -88,8 +90,11 @@ class NearTexts:
         keys = np.repeat(np.array(self.salts, dtype=np.uint64)[:, None], self.bands, axis=1)
         for row in range(self.rows):
             keys = _mixed(keys ^ signatures[:, :, row])
-        for band in range(self.bands):
-            os.pwrite(self.file, keys[:, band].tobytes(), (band * self.samples + self.taken) * 8)
+        with named(self.path):
+            for band in range(self.bands):
+                self.file.seek((band * self.samples + self.taken) * 8)
+                self.file.write(keys[:, band].tobytes())
+            self.file.flush()
         self.taken += len(rows)
         self.waiting, self.salts = [], []
 
@@ -110,7 +115,8 @@ class NearTexts:
         similarity: dict[int, float] = {}
         for band in range(self.bands):
             progress(band, self.bands)
-            keys = np.frombuffer(os.pread(self.file, self.samples * 8, band * self.samples * 8), dtype=np.uint64)
+            self.file.seek(band * self.samples * 8)
+            keys = np.frombuffer(self.file.read(self.samples * 8), dtype=np.uint64)
             for members in _sharing(keys, of < 0):
                 originals = [members[0]]
                 for number in members[1:]:

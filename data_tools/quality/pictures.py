@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +12,7 @@ import numpy as np
 from data_tools.looks import PRINT, need_imagehash, print_of, read_print
 from data_tools.quality.subset import Progress
 from mmit.config import ConfigError
+from mmit.data.files import whole
 from mmit.data.images import decode
 from mmit.data.sample import Picture
 from mmit.data.shards import ShardSet
@@ -62,17 +62,16 @@ def prints_of(shards: ShardSet, work: Path, progress: Progress) -> Prints:
             for owner in np.unique(owners[new]):
                 mine = new[owners[new] == owner]
                 kept = shards.read(int(owner), images=False).images
-                whole = all(kept[picture - begins[owner]].print for picture in mine.tolist())
-                pictures = kept if whole else shards.read(int(owner)).images
+                told = all(kept[picture - begins[owner]].print for picture in mine.tolist())
+                pictures = kept if told else shards.read(int(owner)).images
                 for picture in mine:
                     number = int(picture - begins[owner])
                     where = f"{shards.where(int(owner))}: picture {number}"
                     values[shown[picture]] = _print(pictures[number], where)[0]
                 if owner % 50 == 0:
                     progress("look at pictures", int(owner), len(shards))
-            temporary = path.with_suffix(".tmp")
-            values[shown[new]].tofile(temporary)
-            os.replace(temporary, path)
+            with whole(path) as temporary:
+                temporary.write_bytes(values[shown[new]].tobytes())
         sample = stop
         progress("look at pictures", stop, len(shards))
     return Prints(shown, owners, values)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_tools.quality.subset import Derived, Progress, Removal, derive, open_set, silent, texts_of
+from mmit.data.files import whole
 from mmit.data.sample import Sample
 
 KEYS = (
@@ -97,9 +98,10 @@ def scan(shards: Path, report: Path | None = None, *, progress: Progress = silen
     values: Counter[str] = Counter()
     affected: Counter[str] = Counter()
     any_found = 0
-    target = report or Path(os.devnull)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp") if report else target
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+    with (
+        whole(report or Path(os.devnull)) as target,
+        target.open("w", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         for number, sample in texts_of(opened, progress, "scan"):
             here = list(_in_sample(sample, number, opened.where(number)))
             values.update(item.type for item in here)
@@ -107,8 +109,6 @@ def scan(shards: Path, report: Path | None = None, *, progress: Progress = silen
             any_found += bool(here)
             for item in here:
                 stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-    if report:
-        os.replace(temporary, report)
     return Scan(
         len(opened), {type: values[type] for type in TYPES}, {type: affected[type] for type in TYPES}, any_found
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 from data_tools.finished import read_record, record_of, shard_in, write_whole
 from data_tools.plan import only_writer, plain_name
 from mmit.config import ConfigError
+from mmit.data.files import whole
 from mmit.data.provenance import CONVERSION, PROVENANCE, beside, licenses
 from mmit.data.sample import Sample, SampleError
 from mmit.data.shard_index import INDEX, UNFINISHED, WrittenShard
@@ -123,8 +123,8 @@ def derive(
                     f"{shards.folder}: none of its {len(shards):,} samples would be left ({listed}); loosen the options"
                 )
             written = [_copied(shards, number, leave, out, progress) for number in range(len(shards.shard_names))]
-            shutil.copyfile(work / REMOVED, out / f"{REMOVED}.tmp")
-            os.replace(out / f"{REMOVED}.tmp", out / REMOVED)
+            with whole(out / REMOVED) as temporary:
+                shutil.copyfile(work / REMOVED, temporary)
             _write(out / PROVENANCE, _provenance(plan, shards, counts, int(leave.sum()), out))
             write_index(out, (shard for path in written if path is not None and (shard := _shard(path)) is not None))
         shutil.rmtree(out / WORK, ignore_errors=True)
@@ -155,7 +155,7 @@ def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[bool]:
             (out / WORK).mkdir(exist_ok=True)
             _write(out / WORK / "plan.json", plan)
             for path in out.glob("*.tmp"):
-                if TEMPORARY.fullmatch(path.name):
+                if TEMPORARY.fullmatch(path.name) or path.name.startswith((REMOVED, PROVENANCE)):
                     path.unlink()
         yield finished
 
@@ -169,8 +169,7 @@ def _plan_in(out: Path) -> dict[str, Any] | None:
 
 def _write_down(path: Path, shards: ShardSet, removals: Iterable[Removal]) -> None:
     """One line a sample that is left out, complete or not there."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         for item in removals:
             shard, _ = shards.shard_of(item.number)
             record = {
@@ -181,7 +180,6 @@ def _write_down(path: Path, shards: ShardSet, removals: Iterable[Removal]) -> No
                 **item.details,
             }
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 def _read_back(path: Path, samples: int) -> tuple[dict[str, int], np.ndarray]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmit.config import ConfigError
+from mmit.data.files import named, whole
 from mmit.data.sample import SampleError
 
 FORMAT = 1
@@ -208,15 +209,14 @@ def arrow_file(folder: Path, index: Index) -> Path:
     else:
         cache.mkdir(parents=True, exist_ok=True)
         target = cache / name
-    temporary = target.with_name(f"{name}.{os.getpid()}.tmp")
-    source = pq.ParquetFile(parquet)
-    try:
-        with source, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
-            for batch in source.iter_batches(batch_size=65536):
-                writer.write_batch(batch.cast(index.schema))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        whole(target) as temporary,
+        pq.ParquetFile(parquet) as source,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, index.schema) as writer,
+    ):
+        for batch in source.iter_batches(batch_size=65536):
+            writer.write_batch(batch.cast(index.schema))
     return target
 
 
@@ -273,15 +273,17 @@ class IndexWriter:
                 else [row.__dict__[name] for row in shard.rows]
                 for name in self.schema.names
             }
-            self.parquet.write_table(pa.table(columns, schema=self.schema))
+            with named(self.folder / SAMPLES):
+                self.parquet.write_table(pa.table(columns, schema=self.schema))
         for row in shard.rows if self.in_place else ():
             assert isinstance(row, InPlaceRow)
             self.texts.update(row.json.encode() + b"\n")
         self.entries.append(shard.entry)
 
     def finish(self) -> None:
-        self.parquet.close()
-        seal(self.file, self.temporary, self.folder / SAMPLES)
+        with named(self.folder / SAMPLES):
+            self.parquet.close()
+            seal(self.file, self.temporary, self.folder / SAMPLES)
         texts = self.texts.hexdigest() if self.in_place else None
         record = {
             "format": FORMAT,
@@ -297,10 +299,10 @@ class IndexWriter:
                 for entry in self.entries
             ],
         }
-        temporary = self.folder / f"{INDEX}.{os.getpid()}.tmp"
-        file = temporary.open("wb")
-        file.write((json.dumps(record, indent=1) + "\n").encode())
-        seal(file, temporary, self.folder / INDEX)
+        with whole(self.folder / INDEX) as temporary, temporary.open("wb") as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
         _sync_folder(self.folder)
 
     def abandon(self) -> None:

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from data_tools.cli import main
+from data_tools.convert import Settings, convert
+from mmit.data.shards import verify
 from tests.tools.test_convert import rows_with
 
 Command = Callable[..., tuple[int, str, str]]
@@ -192,3 +196,77 @@ def test_control_c_says_what_goes_on_and_no_worker_says_a_word(photos: Path, tmp
     os.killpg(running.pid, signal.SIGINT)
     said, _ = running.communicate(timeout=60)
     assert (running.returncode, said) == (130, "mmit-data: interrupted; the same command goes on where it stopped\n")
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """As where no more than `room` bytes of a file can be written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "room"),
+    [
+        (["stats", "SET", "--html", "OUT/a.html"], "a.html", 1000),
+        (["show", "SET", "--html", "OUT/a.html"], "a.html", 1000),
+        (["grid", "SET", "--out", "OUT/a.png"], "a.png", 1000),
+        (["scan", "SET", "--report", "OUT/a.jsonl"], "a.jsonl", 100),
+        (["decontaminate", "SET", "--against", "OTHER", "--report", "OUT/a.jsonl"], "a.jsonl", 100),
+        (["dedup", "SET", "--near", "0.7", "--out", "OUT/kept"], "kept/.unfinished/bands.bin", 500),
+        (["merge", "SET", "OTHER", "--out", "OUT/joined"], "joined/shard-000000.tar", 5000),
+    ],
+)
+def test_a_full_disk_is_told_with_the_file_of_which_nothing_is_left(
+    command: Command,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    file: str,
+    room: int,
+) -> None:
+    for name, count in (("SET", 12), ("OTHER", 3)):
+        rows = rows_with(photos, count)
+        rows.write_text(rows.read_text().replace("!", "! mail me at me@example.com"))
+        convert("llava", rows, photos, tmp_path / name, settings=Settings(source=name))
+    (tmp_path / "OUT").mkdir()
+
+    def other_disk(source: object, target: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", other_disk)
+    monkeypatch.chdir(tmp_path)
+    with full_disk(room):
+        code, _, err = command(*arguments)
+    assert code == 2
+    assert err.startswith(f"mmit-data: OUT/{file}: ")
+    assert err.endswith("make room and give the same command again\n")
+    assert not list((tmp_path / "OUT").rglob("*.tmp"))
+    assert not (tmp_path / "OUT" / file).exists()
+    assert command(*arguments)[0] == 0
+    if arguments[0] in ("merge", "dedup"):
+        assert list(verify(tmp_path / "OUT" / file.partition("/")[0])) == []
+
+
+def test_a_report_goes_to_a_pipe_or_a_device_as_to_a_file(command: Command, photos: Path, tmp_path: Path) -> None:
+    convert("llava", rows_with(photos, 3), photos, tmp_path / "set")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert command("stats", tmp_path / "set", "--html", tmp_path / "pipe")[0] == 0
+        assert os.read(reader, 100).startswith(b"<!doctype html>")
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_page_of_pictures_is_a_png_or_refused(command: Command, photos: Path, tmp_path: Path) -> None:
+    convert("llava", rows_with(photos, 3), photos, tmp_path / "set")
+    code, _, err = command("grid", tmp_path / "set", "--out", tmp_path / "a.txt")
+    assert code == 2
+    assert "write a name that ends in .png" in err
