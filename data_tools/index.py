@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -85,6 +85,14 @@ def index(
             f"{reasons}\nThe index is written without them; accept that with --on-bad drop, or mend the tars"
         )
     return ShardSet(folder)
+
+
+def not_indexed(folder: Path) -> Iterator[str]:
+    """What the index of somebody else's tars has left out of them, in a line."""
+    listed = folder / REJECTED
+    if listed.is_file() and (folder / INDEX).is_file() and read_index(folder).in_place:
+        with listed.open("rb") as lines:
+            yield f"{sum(1 for _ in lines)} samples of its tars are rejected and left out, listed in {listed}"
 
 
 def _tars_of(folder: Path) -> list[Path]:

@@ -59,7 +59,8 @@ def _nothing(line: str) -> None:
 
 
 def with_shards(config: Config, *, processes: int = 1, say: Say = _nothing) -> Config:
-    """The config with every `{FORMAT: PATH}` source converted, once, into shards in the cache."""
+    """The config with every `{FORMAT: PATH}` source converted, once, into shards in the cache; says of all sources what
+    their conversion has left out."""
     from mmit.data.cache import cache_folder
 
     cache = cache_folder(config.cache)
@@ -168,10 +169,13 @@ def _unknown_chats(config: Config) -> Iterator[str]:
 
 
 def _converted(source: Source, cache: Path, processes: int, say: Say) -> Source:
-    if source.format is None:
-        return source
     from data_tools.convert import converted, losses
+    from data_tools.index import not_indexed
 
+    if source.format is None:
+        for line in [*losses(Path(source.shards or "")), *not_indexed(Path(source.shards or ""))]:
+            say(f"{source.title}: {line}")
+        return source
     told = time.monotonic()
 
     def progress(read: int, rows: int, rejected: int) -> None:

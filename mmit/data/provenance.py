@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmit.data.sample import SampleError
+
 CONVERSION = "conversion.json"
 PROVENANCE = "provenance.json"
 REJECTED = "rejected.jsonl"
@@ -17,7 +19,12 @@ REJECTED = "rejected.jsonl"
 def beside(folder: Path, name: str) -> dict[str, Any] | None:
     """The record of that name, None where there is none."""
     path = folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SampleError(f"{path}: damaged ({error}); copy it again from where the set came") from None
 
 
 def licenses(folder: Path) -> list[str]:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import fcntl
 import inspect
+import io
 import json
 import os
 import random
 import resource
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from data_tools.album import unread
 from data_tools.cli import main
 from data_tools.convert import RejectedRows, Settings, conversion, convert, converted
 from data_tools.formats import FORMATS, samples_function
+from data_tools.index import index
 from data_tools.rows import Rejected
 from mmit.api import with_shards
 from mmit.config import ConfigError, Source, parse_config
@@ -419,6 +422,42 @@ def test_a_run_says_each_time_what_conversion_has_left_out_of_its_source(
         lines: list[str] = []
         with_shards(parse_config(tree, "config"), say=lines.append)
         assert sum(line.startswith(told) for line in lines) == 1
+
+
+def test_a_run_says_once_what_is_left_out_of_the_shards_it_is_given(photos: Path, tmp_path: Path) -> None:
+    path = rows_with(photos, 5, bad=(1,))
+    convert("llava", path, photos, tmp_path / "set", settings=Settings(on_bad="drop"))
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "0.tar", "w") as tar:
+        for name, content in (("a.png", picture_bytes()), ("a.txt", b"a thing"), ("b.png", b"none"), ("b.txt", b"b")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    index(tars, on_bad="drop")
+    stages = [
+        {
+            "name": name,
+            "data": [{"shards": str(tmp_path / "set")}, {"shards": str(tars)}, {"shards": "memory://far/set"}],
+            "train": {"language": {"lr": 1}},
+            "batch_size": 1,
+        }
+        for name in ("one", "two")
+    ]
+    tree = {"output": str(tmp_path / "run"), "model": {"language": {"random": {}}}, "stages": stages}
+    lines: list[str] = []
+    with_shards(parse_config(tree, "config"), say=lines.append)
+    assert lines == [
+        f"set: 1 of 5 rows are rejected and left out, listed in {tmp_path / 'set' / 'rejected.jsonl'}",
+        f"tars: 1 samples of its tars are rejected and left out, listed in {tars / 'rejected.jsonl'}",
+    ]
+
+
+def test_a_damaged_account_of_a_conversion_is_named(photos: Path, tmp_path: Path) -> None:
+    convert("llava", rows_with(photos, 2), photos, tmp_path / "set")
+    (tmp_path / "set" / "conversion.json").write_text("{")
+    with pytest.raises(SampleError, match=r"set/conversion.json: damaged"):
+        conversion(tmp_path / "set")
 
 
 def test_synthetic_samples_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
