@@ -2,11 +2,15 @@
 
 Overrides are merged into the raw tree before it is validated, so a file and a command line are checked alike;
 `stages.sft.batch_size=8` names a stage.
+
+YAML is read as its version 1.2 has it. To 1.1, which PyYAML speaks, 010 is 8, 1:30 is 90, `on` is true, 2026-01-01 a
+date, and 1e-4 a text.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +41,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read as text ({error}); name a YAML file") from None
     try:
-        loader = _Yaml(text)
-        loader.name = file.name  # which its faults tell beside the line
-        tree = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-30
+        tree = read_yaml(text, file.name)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits
         tabs = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}{tabs}") from None
     if not isinstance(tree, dict):
@@ -61,7 +63,22 @@ def parse_config(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()
 
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(text: str, name: str = "") -> Any:
+    """What a text of YAML says; `name` is told beside the line of a fault (yaml.YAMLError)."""
+    loader = _Yaml(text)
+    loader.name = name
+    return loader.get_single_data()
+
+
+def read_value(text: str) -> Any:
+    """What the value of a KEY=VALUE on a command line says."""
+    node = (loader := _Yaml(text)).get_single_node()
+    if isinstance(node, yaml.ScalarNode) and node.style is None and node.value != text.strip():
+        return text.strip()  # photos #2: nothing on a command line is a comment
+    return loader.construct_document(node) if node is not None else None
 
 
 def _merge(tree: dict[str, Any], override: str) -> None:
@@ -69,9 +86,11 @@ def _merge(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"override {override!r}: write section.key=value, such as stages.sft.batch_size=8")
     try:
-        value = _Yaml(text).get_single_data()
+        value = read_value(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        raise ConfigError(
+            f"override {override!r}: {text!r} is not a YAML value; if it is a text, write '{path}=\"...\"'"
+        ) from None
     *parents, last = path.split(".")
     here: Any = tree
     for number, word in enumerate(parents):
@@ -104,8 +123,21 @@ def _position(items: list[Any], word: str, override: str) -> int:
     )
 
 
+NUMBERS = {
+    # 010 and +1 stay texts, of which a number is made, by tens, where one is meant; a folder is called what it says.
+    "int": r"-?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+SCALARS = NUMBERS | {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "null": r"~|null|Null|NULL|",
+    "merge": r"<<",  # of 1.1 alone, but configs share sections by it
+}
+
+
 class _Yaml(yaml.SafeLoader):
-    """YAML in which a key may stand once: of two `train:` sections PyYAML would silently keep the last."""
+    """YAML 1.2 in which a key may stand once: of two `train:` sections PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -117,3 +149,14 @@ class _Yaml(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that would be something else to either version."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    None: [(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{known})\Z")) for kind, known in SCALARS.items()]
+}
+for _kind, _known in NUMBERS.items():
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_known})\Z"), list("-+.0123456789"))

@@ -58,6 +58,15 @@ def _placed(value: str) -> str:
     return os.path.expanduser(value)
 
 
+def _sized(value: dict[str, Any]) -> dict[str, Any]:
+    """Of YAML 1.2, `no` is a text, which libraries that check no kinds would take for true."""
+    for key, item in value.items():
+        if isinstance(item, str) and item.lower() in ("yes", "no", "on", "off"):
+            raise ValueError(f"{key}: found {item!r}; write true or false")
+    return value
+
+
+Sizes = Annotated[dict[str, Any], AfterValidator(_sized)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(_placed)]
 """A path, hub name or address."""
 
@@ -75,7 +84,7 @@ class Section(BaseModel):
 class RandomLanguage(Section):
     """A causal LLM with random weights, for trials and tests."""
 
-    random: dict[str, Any]
+    random: Sizes
     """A transformers configuration: `model_type` and its sizes."""
     tokenizer: Place = "bytes"
     """`bytes` for the built-in byte tokenizer, else a hub name or folder."""
@@ -95,7 +104,7 @@ class Vision(Section):
     """Which tokens of that layer reach the projector."""
     side: PositiveInt | None = None
     """Picture side in pixels, when it is not the tower's own; position embeddings are interpolated."""
-    random: dict[str, Any] | None = None
+    random: Sizes | None = None
     """Sizes of a tower with random weights, instead of pretrained ones."""
     cache: bool = False
     """Keep the features of a frozen tower on disk, so that every picture is encoded once."""
@@ -209,7 +218,7 @@ class Source(Section):
     @field_validator("path", mode="before")
     @classmethod
     def _path_is_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Source:
