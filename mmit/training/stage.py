@@ -23,6 +23,7 @@ from mmit.training.data import StageData, open_stage, too_long
 from mmit.training.optim import build_optimizer
 from mmit.training.run import RunDirectory, StopFlag
 from mmit.training.runlog import RunLog
+from mmit.training.space import check_space
 from mmit.training.start import initialise_projector, table_of_parts
 from mmit.training.state import Progress
 
@@ -86,11 +87,12 @@ def prepare(
             ranks=accelerator.num_processes,
         ),
     )
+    trained, frozen = dtypes(config, device)
     parallel.on_main(accelerator, lambda: _look_ahead(config, number, assembly, cache))
+    parallel.on_main(accelerator, lambda: check_space(config, number, run, assembly, trained))
     if resumed is None and number == 0:
         parallel.on_main(accelerator, lambda: check_it_survives(assembly.tokenizer))
         parallel.on_all(accelerator, lambda: initialise_projector(config, assembly, data.training))
-    trained, frozen = dtypes(config, device)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
     set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
     table = table_of_parts(config, stage, assembly, data)  # whose probes need the parameters whole, as the next does
@@ -105,7 +107,6 @@ def prepare(
         probe_isolation(assembly.vlm, device, through=model)
         assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device, through=model) else None
     parallel.reshard(model)
-    parallel.on_main(accelerator, lambda: state.check_space(config, run, assembly, optimizer))
     log = RunLog(
         run.folder,
         stage.name,

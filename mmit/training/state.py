@@ -30,8 +30,6 @@ from mmit.training.data import StageData, fingerprints_of, rendering_of
 from mmit.training.run import RunDirectory
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-SPARE = 2**20
-"""Bytes that a run needs beside its tensors, at least: metrics, tokenizer."""
 
 
 @dataclass
@@ -214,20 +212,6 @@ def write(
         },
         add_files=add_files,
     )
-
-
-def check_space(config: Config, run: RunDirectory, assembly: Assembly, optimizer: torch.optim.Optimizer) -> None:
-    """ConfigError unless the disk has room for two checkpoints of the stage (one, if one is there already)."""
-    tensors = [*kept_tensors(assembly).values()]
-    tensors += [value for moments in optimizer.state.values() for value in moments.values() if value.ndim]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    needed = size * (1 if any(run.checkpoints.glob("*")) else 2) + SPARE
-    free = shutil.disk_usage(run.folder).free
-    if free < needed:
-        raise ConfigError(
-            f"output: the disk of {run.folder} has {free / 1e6:,.1f} MB free, and two checkpoints need "
-            f"{needed / 1e6:,.1f} MB ({size / 1e6:,.1f} each); free some, or name an output on another disk"
-        )
 
 
 def finish(config: Config, run: RunDirectory) -> None:

@@ -687,7 +687,7 @@ def test_a_disk_too_small_for_two_checkpoints_is_refused_before_step_0(
         cache=str(tmp_path / "cache"),
     )
     assert ended(start(wanted)) == 2
-    assert re.search(r"has \d+\.\d MB free, and two checkpoints need \d+\.\d MB", said(wanted))
+    assert re.search(r"has \d+\.\d MB free, and two checkpoints of stage s need \d+\.\d MB", said(wanted))
 
 
 # The best ---------------------------------------------------------------------------------------
