@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
+from torch._functorch import config as functorch
 
 from mmit.config import ConfigError
 
@@ -29,16 +30,20 @@ def compile_layers(language: nn.Module, *, backend: str = "inductor") -> None:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """Around the first pass: what the compiler says against it is a fault of the config."""
+def compiling(wanted: bool) -> Iterator[None]:
+    """Around all passes: what the compiler says against one is a fault of the config, that of a backward too."""
+    # Else torch warns of a backward that does not compile, with a traceback, and raises whatever it was where it runs.
+    backward = functorch.patch(force_non_lazy_backward_lowering=True) if wanted else nullcontext()
     try:
-        yield
+        with backward:
+            yield
     except Exception as error:
         module = type(error).__module__
-        if not module.startswith(("torch._dynamo", "torch._inductor")):
+        if not module.startswith(("torch._dynamo", "torch._inductor", "triton")):
             raise
         reason = " ".join(str(error).partition("\n\n")[0].split())[:300]
+        key, instead = ("compile", "compile: false") if wanted else ("model.attention", "attention: sdpa")
         raise ConfigError(
-            f"compile: torch cannot compile this model here ({reason}); leave the key out, or install what is missing "
-            f"(a C++ compiler on a CPU, Triton on a GPU)"
+            f"{key}: torch cannot compile this model here ({reason}); write {instead}, or install what is missing (a "
+            f"C++ compiler on a CPU, Triton on a GPU)"
         ) from error

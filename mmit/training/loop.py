@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmit.config import Config, ConfigError
 from mmit.data.loader import Step, load
+from mmit.model.layers import compiling
 from mmit.training import faults, parallel, state
 from mmit.training.checkpoint import Checkpoint
 from mmit.training.checks import Gradients, count_skipped, finite_norm
@@ -72,7 +73,7 @@ def _train_stage(
     with stop.loading(alone=accelerator.num_processes == 1), ExitStack() as held:
         at = prepare(config, number, resumed, run, accelerator, stop, held)
         held = held.pop_all()
-    with held:
+    with held, compiling(config.compile):
         if check_memory:
             faults.check_memory(at, lambda step: _gradients(at, step, at.stopping))
             at.optimizer.zero_grad(set_to_none=True)

@@ -103,7 +103,7 @@ def prepare(
     optimizer = build_optimizer(assembly, stage)
     progress = state.resume(assembly, optimizer, resumed, data) if resumed is not None else Progress()
     parallel.on_main(accelerator, lambda: run.settle() if run.moved else None)
-    with accelerator.autocast(), compiling():
+    with accelerator.autocast(), compiling(config.compile):
         probe_isolation(assembly.vlm, device, through=model)
         assembly.vlm.chunk = chunk_for(assembly.vlm) if probe_head(assembly.vlm, device, through=model) else None
     parallel.reshard(model)

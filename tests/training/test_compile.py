@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from functorch.compile import make_boxed_func
 from torch import fx
+from torch._dynamo.backends.common import aot_autograd
 
 from mmit.model.layers import compile_layers
 from mmit.training import stage as stages
@@ -49,6 +52,28 @@ def test_where_nothing_compiles_the_key_is_named(tmp_path: Path, texts: Path, mo
     assert ended(start(wanted)) == 2
     assert "compile: torch cannot compile this model here" in said(wanted)
     assert "Traceback" not in said(wanted)
+
+
+def test_a_backward_that_does_not_compile_is_told_as_the_key_too(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probes compute no gradients: the first step is where it is met."""
+
+    def plain(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    def bad(*_: Any) -> Any:
+        raise RuntimeError("no kernel for this gradient")
+
+    backend = aot_autograd(fw_compiler=plain, bw_compiler=bad, inference_compiler=plain)
+    monkeypatch.setattr(stages, "compile_layers", functools.partial(compile_layers, backend=backend))
+    only = stage("sft", texts, {"language": {"lr": 1e-3}}, steps=2)
+    wanted = config(tmp_path / "run", only, vision=None, compile=True)
+    assert ended(start(wanted)) == 2, said(wanted)
+    assert "sft: 2 steps" in said(wanted)
+    assert re.search("compile: torch cannot compile .*no kernel for this gradient.*write compile: false", said(wanted))
+    assert "Traceback" not in said(wanted)
+    run(altered(wanted, tmp_path / "run", compile=False))
 
 
 @pytest.mark.slow
