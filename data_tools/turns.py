@@ -10,7 +10,18 @@ from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from mmit.config import ConfigError
-from mmit.data.sample import BoxPart, ImagePart, Message, Part, Picture, Role, Sample, SampleError, TextPart
+from mmit.data.sample import (
+    BoxPart,
+    ImagePart,
+    Message,
+    Part,
+    Picture,
+    Role,
+    Sample,
+    SampleError,
+    TextPart,
+    stripped,
+)
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -345,16 +356,6 @@ def pictures_first(parts: Sequence[Part]) -> list[Part]:
     text = "".join(part.text for part in parts if isinstance(part, TextPart)).strip()
     between = [piece for picture in pictures for piece in (picture, TextPart("\n"))]
     return [*between[:-1], TextPart(f"\n{text}")]
-
-
-def stripped(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts without whitespace at the two outer edges; a text that was nothing else goes."""
-    kept = list(parts)
-    if kept and isinstance(first := kept[0], TextPart) and first.text[:1].isspace():
-        kept[0] = TextPart(first.text.lstrip())
-    if kept and isinstance(last := kept[-1], TextPart) and last.text[-1:].isspace():
-        kept[-1] = TextPart(last.text.rstrip())
-    return tuple([part for part in kept if not isinstance(part, TextPart) or part.text])
 
 
 def sample_of(

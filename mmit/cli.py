@@ -127,7 +127,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws, with --temperature.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Lines of --jsonl that are answered at a time.")] = 8,
 ) -> None:
-    """Ask a finished run: one prompt, or a file of them (the same command goes on with it after an interruption)."""
+    """Ask a finished run: one prompt, or a file of them (the same command goes on with it after an interruption).
+
+    Texts lose the whitespace at their edges, as converted data does: the ids are then those of training.
+    """
     if (prompt is None) == (jsonl is None):
         raise ConfigError(
             "mmit generate: write either --prompt 'What is this?' (and --image FILE to show a picture), "

@@ -97,6 +97,16 @@ def message(role: Role, *parts: Part | str, train: bool | None = None) -> Messag
     return Message(role, typed, train=role == "assistant" if train is None else train)
 
 
+def stripped(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts without whitespace at the two outer edges; a text that was nothing else goes."""
+    kept = list(parts)
+    if kept and isinstance(first := kept[0], TextPart) and first.text[:1].isspace():
+        kept[0] = TextPart(first.text.lstrip())
+    if kept and isinstance(last := kept[-1], TextPart) and last.text[-1:].isspace():
+        kept[-1] = TextPart(last.text.rstrip())
+    return tuple([part for part in kept if not isinstance(part, TextPart) or part.text])
+
+
 def image_indices(part: Part) -> tuple[int, ...]:
     """The pictures of which this part puts tokens into the sequence, in order."""
     if isinstance(part, ImagePart):

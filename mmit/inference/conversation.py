@@ -2,7 +2,8 @@
 
 A conversation is a string (one user turn) or a list of messages: objects such as `{"role": "user", "content": "Hi"}`,
 whose content may also be a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`, or our own
-`Message`. A picture is a path, the bytes of a file, a PIL image, a uint8 array (H, W, 3), or a number: an index into
+`Message`. Whitespace at the edges of a text or message is dropped, as converted data has it; our own `Message` stays as
+it is. A picture is a path, the bytes of a file, a PIL image, a uint8 array (H, W, 3), or a number: an index into
 `images`.
 """
 
@@ -20,7 +21,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmit.data.images import MAX_BYTES, MAX_PIXELS, decode, ending_of, size_of
-from mmit.data.sample import ImagePart, Message, Part, Picture, Role, Sample, SampleError, TextPart, check, message
+from mmit.data.sample import (
+    ImagePart,
+    Message,
+    Part,
+    Picture,
+    Role,
+    Sample,
+    SampleError,
+    TextPart,
+    check,
+    message,
+    stripped,
+)
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
@@ -74,8 +87,8 @@ def conversation(
         images = [images]
     pictures = [picture_of(image, where, folder=folder) for image in images]
     if isinstance(asked, str):
-        shown = [*map(ImagePart, range(len(pictures))), *(["\n"] if pictures else [])]
-        messages = [message("user", *shown, asked)]
+        texts = ["\n", asked.strip()] if pictures else [asked.strip()]
+        messages = [message("user", *map(ImagePart, range(len(pictures))), *(texts if texts[-1] else []))]
     elif not isinstance(asked, Sequence) or not asked:
         raise SampleError(
             f"{where}: a conversation is a text or a list of messages with one at least, found {asked!r:.60}"
@@ -83,7 +96,7 @@ def conversation(
     else:
         messages = [_message(item, pictures, folder, f"{where}: message {n}") for n, item in enumerate(asked)]
     if system is not None and not (messages and messages[0].role == "system"):
-        messages.insert(0, message("system", system))
+        messages.insert(0, message("system", system.strip()))
     if messages and messages[-1].role in ("assistant", "system"):
         raise SampleError(
             f"{where}: the conversation ends with a message of the {messages[-1].role}; end it with a user message, "
@@ -132,7 +145,7 @@ def _message(item: Any, pictures: list[Shown], folder: Path | None, where: str) 
     if not isinstance(content, Sequence):
         raise SampleError(f"{where}: content is a {type(content).__name__}; write a string or a list of parts")
     parts = [_part(part, pictures, folder, where) for part in content]
-    return message(cast(Role, item["role"]), *parts)  # a wrong role is refused with the whole conversation
+    return message(cast(Role, item["role"]), *stripped(parts))  # a wrong role is refused with the whole conversation
 
 
 def _part(part: Any, pictures: list[Shown], folder: Path | None, where: str) -> Part:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.formats import samples_of
 from data_tools.turns import asked_about
 from mmit.data.images import decode
 from mmit.data.sample import SampleError, message
@@ -127,3 +129,30 @@ def test_a_bare_prompt_with_pictures_is_laid_out_as_converted_data_trains_it() -
     trained = asked_about([picture_of(file, "row").picture for file in shown], [("Same?", "no")], where="row")
     assert conversation("Same?", shown).messages == trained.messages[:1]
     assert conversation("Hi").messages == (message("user", "Hi"),)
+
+
+def test_messages_are_laid_out_as_the_same_row_is_converted(tmp_path: Path) -> None:
+    """A prompt that ended with a line break gave other ids than training had."""
+    (tmp_path / "a.png").write_bytes(FILES["rgb"])
+    shown = [{"type": "text", "text": "\n a "}, {"type": "image", "image": "a.png"}, {"type": "text", "text": "\n b\n"}]
+    row = [
+        {"role": "system", "content": " short\n"},
+        {"role": "user", "content": "\n Hi  "},
+        {"role": "assistant", "content": " yes \n"},
+        {"role": "user", "content": shown},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [*row, {"role": "assistant", "content": "no"}]}))
+    (trained,) = samples_of("messages", tmp_path / "rows.jsonl", tmp_path, {})
+    assert conversation(row, folder=tmp_path).messages == trained.messages[:-1]
+
+
+@pytest.mark.parametrize("images", [[], [FILES["rgb"]]], ids=["text", "picture"])
+def test_a_bare_prompt_has_no_whitespace_at_its_edges_as_converted_data(images: list[bytes]) -> None:
+    plain = conversation("Two\nlines?", images, system="short")
+    assert conversation(" \nTwo\nlines? \n", images, system="\nshort ").messages == plain.messages
+
+
+def test_messages_of_our_own_stay_as_they_are() -> None:
+    """Of a run whose data was converted with strip=false."""
+    own = message("user", " Hi\n")
+    assert conversation([own]).messages == (own,)
