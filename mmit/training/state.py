@@ -216,15 +216,22 @@ def write(
 
 def finish(config: Config, run: RunDirectory) -> None:
     """Makes `final/` from the last stage's finished checkpoint: all that inference and export load. The stage's best
-    one by held-out loss becomes `best/`, if the run keeps it."""
+    one by held-out loss becomes `best/`, if the run keeps it. Both name the places of `config`, where a finished run
+    that has `moved` is compared first."""
     last = run.newest(config.stages[-1].name)
     assert last is not None
     assert last.finished
+    if any(key.startswith("model.") for key in run.moved):
+        start(config, len(config.stages) - 1, last, cache_folder(config.cache))
+    if run.moved:
+        run.settle()
     best = Progress(**last.state["progress"]).best_step
     try:
-        _hand_over(last, run.final)
+        _hand_over(last, run.final, config)
         if best is not None:
-            _hand_over(checkpoint.load(run.checkpoint(config.stages[-1].name, best)), run.final.with_name("best"))
+            _hand_over(
+                checkpoint.load(run.checkpoint(config.stages[-1].name, best)), run.final.with_name("best"), config
+            )
     except OSError as error:
         raise ConfigError(
             f"{run.final}: could not be written ({error}); the training is done and saved: free some space, and the "
@@ -232,7 +239,7 @@ def finish(config: Config, run: RunDirectory) -> None:
         ) from error
 
 
-def _hand_over(found: Checkpoint, folder: Path) -> None:
+def _hand_over(found: Checkpoint, folder: Path, config: Config) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(
@@ -241,6 +248,7 @@ def _hand_over(found: Checkpoint, folder: Path) -> None:
         ignore=shutil.ignore_patterns(checkpoint.OPTIMIZER, checkpoint.MANIFEST, checkpoint.STATE),
     )
     record = {"format": checkpoint.FORMAT, "step": found.step, **found.state["model"]}
+    record["model"] = config.model.model_dump(mode="json")
     (temporary / "model.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mmit.config import Config, parse_config
+from mmit.model.saved import load_saved
 from tests.model.test_build import with_folders
 from tests.training.test_resume import BOTH, OFTEN, PROJECTOR, wait_for_steps
 from tests.training.tiny import (
@@ -73,6 +74,30 @@ def test_a_run_goes_on_to_the_same_numbers_with_its_base_elsewhere(tmp_path: Pat
     assert_same_numbers(Path(straight.output), Path(again.output))
     kept = yaml.safe_load((Path(again.output) / "config.yaml").read_text(encoding="utf-8"))
     assert kept["model"]["language"] == f"{tmp_path}/mnt/language"
+
+
+def test_a_finished_run_is_told_where_its_base_lies_now_by_the_same_command(tmp_path: Path) -> None:
+    data = shards(tmp_path / "data/mixed", mixed(23))
+    finished = two_stages(tmp_path / "run", data, data)
+    run(finished)
+    weights = (tmp_path / "run/final/model.safetensors").read_bytes()
+    (tmp_path / "mnt").mkdir()
+    shutil.move(tmp_path / "language", tmp_path / "mnt/language")
+    moved = named(finished, model__language=f"{tmp_path}/mnt/language")
+    file = tmp_path / "mnt/language/model.safetensors"
+    tensors = load_file(file)
+    name = min(name for name in tensors if "layers.0" in name)
+    save_file(tensors | {name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    kept = (tmp_path / "run/config.yaml").read_bytes(), (tmp_path / "run/final/model.json").read_bytes()
+    assert ended(start(moved)) == 2
+    assert "was trained from other files of model.language (then" in said(moved)
+    assert kept == ((tmp_path / "run/config.yaml").read_bytes(), (tmp_path / "run/final/model.json").read_bytes())
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert ended(start(moved)) == 0, said(moved)
+    told = yaml.safe_load((tmp_path / "run/config.yaml").read_text(encoding="utf-8"))
+    assert told["model"]["language"] == f"{tmp_path}/mnt/language"
+    assert (tmp_path / "run/final/model.safetensors").read_bytes() == weights
+    load_saved(tmp_path / "run", cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("stages_done", [0, 1])
