@@ -80,6 +80,17 @@ def open_stage(
     )
 
 
+def check_shown(stage: Stage, steps: Steps) -> None:
+    """ConfigError for a part that learns from pictures alone, in a stage without one: it would stay as it is."""
+    parts = [part for part in ("vision", "projector") if dict(stage.train)[part] is not None]
+    pairs = zip(steps.encoders, steps.order.origins, strict=True)
+    if parts and not any(encoder.shards.image_sizes(int(i)) for encoder, origin in pairs for i in origin.indices):
+        raise ConfigError(
+            f"stages.{stage.name}.train: {' and '.join(parts)} cannot learn, since no sample of the stage shows a "
+            f"picture; take that out, or look at the data with `mmit-data show` (it may have lost its pictures)"
+        )
+
+
 def fingerprints_of(config: Config, stage: Stage, cache: Path) -> dict[str, str]:
     """What the samples of each source of the stage are known by."""
     return _fingerprints(config, stage, [_open(source, config, cache) for source in stage.data])

@@ -19,7 +19,7 @@ from mmit.model.probes import chunk_for, probe_embeddings, probe_head, probe_iso
 from mmit.training import parallel, state
 from mmit.training.answers import Question
 from mmit.training.checkpoint import Checkpoint
-from mmit.training.data import StageData, open_stage, too_long
+from mmit.training.data import StageData, check_shown, open_stage, too_long
 from mmit.training.optim import build_optimizer
 from mmit.training.run import RunDirectory, StopFlag
 from mmit.training.runlog import RunLog
@@ -90,6 +90,8 @@ def prepare(
     trained, frozen = dtypes(config, device)
     parallel.on_main(accelerator, lambda: _look_ahead(config, number, assembly, cache))
     parallel.on_main(accelerator, lambda: check_space(config, number, run, assembly, trained))
+    if resumed is None:
+        parallel.on_main(accelerator, lambda: check_shown(stage, data.training))
     if resumed is None and number == 0:
         parallel.on_main(accelerator, lambda: check_it_survives(assembly.tokenizer))
         parallel.on_all(accelerator, lambda: initialise_projector(config, assembly, data.training))
@@ -132,6 +134,7 @@ def _look_ahead(config: Config, number: int, assembly: Assembly, cache: Path) ->
         if stage.train.language is not None and stage.train.language.lora is not None:
             check_targets(assembly, stage.train.language.lora, f"stages.{stage.name}.train.language.lora.targets")
         data = open_stage(config, stage, assembly, cache=cache, on_cuda=False, rank=0, ranks=1)
+        check_shown(stage, data.training)
         if not any(encoder.shards.is_remote for encoder in data.training.encoders):  # tars would be fetched for it
             too_long(data)
 

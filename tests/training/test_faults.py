@@ -93,6 +93,20 @@ def test_pictures_that_one_rank_alone_cannot_decode_are_counted_and_told_by_the_
     assert sum(line["samples"] for line in lines) == 21
 
 
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("part", ["projector", "vision"])
+def test_a_part_that_learns_from_pictures_alone_is_refused_where_there_are_none(
+    part: str, later: bool, tmp_path: Path, data: Path, texts: Path
+) -> None:
+    """Such a stage ran to its end, and the part was what it had been."""
+    blind = stage("blind", texts, {part: {"lr": 1e-3}} | LANGUAGE, steps=2)
+    stages = [stage("seeing", data, BOTH, steps=2), blind] if later else [blind]
+    wanted = config(tmp_path / "run", *stages)
+    assert ended(start(wanted)) == 2
+    assert f"stages.blind.train: {part} cannot learn, since no sample of the stage shows a picture" in said(wanted)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 LATER = {
     "shards": ({"data": [{"shards": "nowhere"}]}, 2, "nowhere: no such folder"),
     "chat": ({"chat": "llama_3"}, 2, "the format llama_3 needs the tokens"),

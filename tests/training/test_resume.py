@@ -22,6 +22,7 @@ from tests.training.tiny import (
     ended,
     metrics,
     once_each,
+    pictured,
     run,
     said,
     shards,
@@ -141,11 +142,14 @@ def test_an_interrupted_stage_goes_on_with_the_same_bits(
     assert_same_run(straight, tmp_path / "again")
 
 
-def test_a_checkpoint_saved_before_the_projector_met_a_picture_goes_on(tmp_path: Path, texts: Path) -> None:
+def test_a_checkpoint_saved_before_the_projector_met_a_picture_goes_on(tmp_path: Path) -> None:
+    late = shards(tmp_path / "late", [*(written(number) for number in range(29)), pictured(24)])
+
     def wanted(name: str) -> Config:
-        return config(tmp_path / name, stage("s", texts, BOTH, steps=6), save=OFTEN)
+        return config(tmp_path / name, stage("s", late, BOTH), save=OFTEN)
 
     straight, again = run(wanted("straight")), wanted("again")
+    assert [line["step"] for line in metrics(straight) if line["pictures"]] == [6]
     process = start(again)
     wait_for_steps(again, process, 1)
     os.kill(process, signal.SIGINT)
