@@ -31,7 +31,7 @@ def evaluation_is_due(config: Config, data: StageData, done: int) -> bool:
 def do_what_is_due(at: RunningStage) -> None:
     """What is due after a step: an evaluation, a checkpoint. Interrupted once a rank was asked to stop."""
     progress, settings = at.progress, at.settings
-    best = False
+    best, before = False, (progress.best_step, progress.best_loss)
     if at.config.eval is None or at.data.held_out is None:
         progress.evaluation_due = False  # it was, before `eval` was taken out of the config
     if progress.evaluation_due:
@@ -56,6 +56,7 @@ def do_what_is_due(at: RunningStage) -> None:
                 f"{at.run.folder}: the last checkpoint of stage {settings.name} could not be written ({error}); free "
                 f"some space, and the same command goes on from the one before"
             ) from error
+        progress.best_step, progress.best_loss = before  # the best is one that is there
         at.log.say(
             f"{settings.name} step {progress.done}: not saved ({error}); the checkpoint before stays, training goes on"
         )

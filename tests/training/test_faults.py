@@ -732,6 +732,29 @@ def test_the_checkpoint_of_least_held_out_loss_is_kept_also_over_a_kill(tmp_path
     assert (tmp_path / "again/best/model.safetensors").read_bytes() == kept.read_bytes()
 
 
+def test_the_best_is_one_that_could_be_written(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that was full at the best step left a run that could never end: final/ asked for that checkpoint."""
+    evaluate, losses = due._evaluate, iter([3.0, 1.0, 2.0, 4.0])
+    save = state.save
+
+    def evaluated(at: RunningStage) -> Any:
+        record = evaluate(at)
+        return None if record is None else record | {"loss": next(losses)}
+
+    def full_at_the_second(*args: Any) -> None:
+        if args[6].done == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(due, "_evaluate", evaluated)
+    monkeypatch.setattr(state, "save", full_at_the_second)
+    held_out = {"holdout": {"fraction": 0.3, "by": "sample"}, "every": 1, "keep_best": True}
+    wanted = config(tmp_path / "run", stage("s", texts, LANGUAGE, steps=4), vision=None, eval=held_out)
+    folder = run(wanted)
+    assert "s step 2: not saved" in said(wanted)
+    assert json.loads((folder / "best/model.json").read_text(encoding="utf-8"))["step"] == 3
+
+
 def test_a_held_out_loss_that_is_not_finite_is_told_as_null_and_never_the_best(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
