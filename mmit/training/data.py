@@ -87,7 +87,8 @@ def check_shown(stage: Stage, steps: Steps) -> None:
     if parts and not any(encoder.shards.image_sizes(int(i)) for encoder, origin in pairs for i in origin.indices):
         raise ConfigError(
             f"stages.{stage.name}.train: {' and '.join(parts)} cannot learn, since no sample of the stage shows a "
-            f"picture; take that out, or look at the data with `mmit-data show` (it may have lost its pictures)"
+            f"picture; take that out, or look at the data with `mmit-data show`: it may have lost its pictures, or "
+            f"eval.holdout keeps them all"
         )
 
 

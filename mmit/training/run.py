@@ -126,7 +126,12 @@ class RunDirectory:
     def begin(self, asked: str) -> None:
         """Stores the config (YAML) and the environment; ConfigError if a begun stage was asked for differently. A
         config that reads from other places (`moved`) is stored by `settle`, once the same was found there."""
-        file = self.folder / "config.yaml"
+        file, beside = self.folder / "config.yaml", self.folder / "environment.json"
+        if file.exists() and not (self._begun.exists() or beside.exists()):  # which every run has
+            raise ConfigError(
+                f"output: {file} is of no run, and a run would write its own in its place; give that file another name "
+                f"or place, or name another output"
+            )
         # Compared with a copy of our own: whoever edits the config.yaml of a run and trains it again asks for changes.
         if (before := self._begun if self._begun.exists() else file).exists():
             self.moved = self._refuse_changes(yaml.safe_load(before.read_text(encoding="utf-8")), yaml.safe_load(asked))
@@ -136,7 +141,7 @@ class RunDirectory:
         if not self.moved:
             self.settle()
         with _told(self.folder):
-            write(self.folder / "environment.json", json.dumps(environment | {"packages": packages}, indent=1).encode())
+            write(beside, json.dumps(environment | {"packages": packages}, indent=1).encode())
             self.preempted.unlink(missing_ok=True)
             for name in ("metrics.jsonl", "skipped.jsonl", "answers.jsonl"):
                 _drop_torn_line(self.folder / name)

@@ -40,7 +40,7 @@ OFTEN = {"every": 1}
 def two_stages(output: Path, data: Path, **changes: Any) -> Config:
     """Frozen LLM, then all trained; row_tokens makes several micro-steps, dropout in the LLM makes use of the RNG."""
     stages = [stage("align", data, PROJECTOR, row_tokens=200), stage("sft", data, BOTH, row_tokens=300, epochs=1.4)]
-    settings = {"language": GPT2, "save": OFTEN, "eval": {"holdout": {"fraction": 0.2}, "every": 3}}
+    settings = {"language": GPT2, "save": OFTEN, "eval": {"holdout": {"fraction": 0.2, "by": "sample"}, "every": 3}}
     return config(output, *stages, **settings | changes)
 
 
@@ -308,6 +308,25 @@ def test_the_stored_config_makes_the_same_run(tmp_path: Path, data: Path) -> Non
 
     second = run(load_config(first / "config.yaml", [f"output={tmp_path / 'second'}", "workers=1"]))
     assert_same_run(first, second)
+
+
+@pytest.mark.parametrize("recipe", ["lr: 3  # mine\n", "- a\n", "stages:\n- {name: s}\n"])
+def test_a_file_of_the_users_in_the_output_folder_is_not_overwritten(tmp_path: Path, texts: Path, recipe: str) -> None:
+    """A recipe was replaced by the config spelled out, without its comments; anything else was a traceback."""
+    wanted = config(tmp_path / "run", stage("s", texts, {"language": {"lr": 1e-3}}, steps=2), vision=None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(recipe, encoding="utf-8")
+    assert ended(start(wanted)) == 2
+    assert f"output: {tmp_path}/run/config.yaml is of no run" in said(wanted)
+    assert (tmp_path / "run/config.yaml").read_text(encoding="utf-8") == recipe
+
+
+def test_a_run_copied_without_hidden_files_goes_on(tmp_path: Path, texts: Path) -> None:
+    wanted = config(tmp_path / "run", stage("s", texts, {"language": {"lr": 1e-3}}, steps=2000), vision=None)
+    interrupted(wanted)
+    (tmp_path / "run/.begun.yaml").unlink()
+    interrupted(wanted, len(metrics(tmp_path / "run")) + 2)
+    assert "going on after step" in said(wanted)
 
 
 def test_a_run_directory_holds_what_others_rely_on(tmp_path: Path, data: Path) -> None:
