@@ -26,8 +26,8 @@ def train(
     With `check_memory` each stage computes its longest step first, which changes no result; neither does the number of
     `processes` that convert its sources (more than one needs `if __name__ == "__main__":` in a script).
 
-    Raises ConfigError or SampleError for faults of the input, and mmit.training.run.Interrupted when a signal stopped
-    the run after saving it.
+    Raises ConfigError or SampleError for faults of the input, and mmit.training.run.Interrupted, which is no
+    Exception, when a signal stopped the run after saving it.
     """
     if isinstance(config, Path | str):
         config = load_config(Path(config), overrides)

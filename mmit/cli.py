@@ -286,7 +286,7 @@ def main() -> None:
             raise
         named = error.filename if error.filename is not None else "a file"
         _stop(f"{named}: {error.strerror}; name another place, or mend its rights or free some space", 2)
-    except Exception as error:
+    except BaseException as error:
         if type(error).__name__ == "Interrupted":
             # torchrun would start a failed rank again; the note PREEMPTED in the run directory says what happened.
             _stop(str(error), 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75)

@@ -29,8 +29,12 @@ PACKAGES = ("mmit", "torch", "transformers", "open_clip_torch", "peft", "acceler
 NOTHING_LOST = "stopped while loading; nothing is lost, the same command starts anew or goes on"
 
 
-class Interrupted(Exception):
-    """The run stopped because it was asked to, and has saved where it stands."""
+class Interrupted(BaseException):
+    """The run stopped because it was asked to, and has saved where it stands.
+
+    No Exception, as KeyboardInterrupt is none: while the run loads, it arrives in the middle of loaders that take any
+    for a fault of their files.
+    """
 
 
 class StopFlag:

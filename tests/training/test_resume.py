@@ -158,6 +158,23 @@ def test_a_checkpoint_saved_before_the_projector_met_a_picture_goes_on(tmp_path:
     assert_same_run(straight, tmp_path / "again")
 
 
+@pytest.mark.parametrize("place", ["transformers.AutoConfig.for_model", "mmit.training.trackers.TensorBoardTracker"])
+def test_a_signal_is_no_fault_of_what_it_interrupts(
+    place: str, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaders and trackers take any exception for a fault of theirs: a preempted job ended as one of a bad config."""
+
+    def interrupting(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(place, interrupting)
+    only = stage("s", texts, {"language": {"lr": 1e-3}}, steps=2)
+    wanted = config(tmp_path / "run", only, vision=None, trackers=["tensorboard"])
+    assert ended(start(wanted)) == 75, said(wanted)
+    assert said(wanted).splitlines()[-1].startswith("stopped while loading; nothing is lost")
+    assert "fails" not in said(wanted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_leaves_a_resumable_run(
     number: signal.Signals, tmp_path: Path, texts: Path
