@@ -32,6 +32,7 @@ from mmit.data.loader import Rendering
 from mmit.data.packing import Example, pack
 from mmit.data.sample import SampleError
 from mmit.inference.conversation import Asked, Conversation, ImageLike, conversation
+from mmit.model.attention import FLASH, use_flash_attention
 from mmit.model.files import file_sha256
 from mmit.model.saved import Saved, load_saved
 
@@ -73,7 +74,9 @@ def load(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        # Without emulation, by which torch answers for older GPUs too: fp32 is quicker there.
+        able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if able else "fp32"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"device: {device}, but torch sees no GPU (its driver, or a build for CPUs); write auto or cpu"
@@ -97,6 +100,11 @@ class Model:
             if buffer.is_floating_point() and dtype == torch.float64:
                 buffer.data = buffer.data.to(dtype)
         self.vlm.to(device)
+        # Whoever asked for flash attention by name did so for the training, on another machine perhaps.
+        wanted = str(saved.record["model"]["attention"])
+        use_flash_attention(
+            self.vlm.language, "auto" if wanted == FLASH else wanted, device, bf16=dtype == torch.bfloat16
+        )
         # The defaults that came with pretrained weights (a repetition penalty, a top-k, other end tokens) would be
         # merged into every request for greedy decoding, silently.
         self.vlm.language.generation_config = GenerationConfig()

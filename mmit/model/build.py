@@ -27,6 +27,7 @@ from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, ChatFormat, find_placeholder, resolve
 from mmit.data.chat_formats import stands_for_nothing
 from mmit.data.fit import PictureFit, Policy
+from mmit.model.attention import built_with
 from mmit.model.files import provenance, revision_of, same_files, split_revision, told
 from mmit.model.pretrained import load_tokenizer, load_whole, random_config
 from mmit.model.projector import build_projector
@@ -356,7 +357,7 @@ def lora_targets(assembly: Assembly) -> int:
 def _language(
     wanted: str | schema.RandomLanguage, attention_wanted: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    attention = attention_implementation(attention_wanted)
+    attention = built_with(attention_wanted)
     if isinstance(wanted, str):
         language = load_whole(AutoModelForCausalLM, "model.language", wanted, attn_implementation=attention)
         tokenizer = load_tokenizer(wanted)
@@ -387,15 +388,6 @@ def _check_rows(tokenizer: PreTrainedTokenizerFast, language: PreTrainedModel, w
             f"{', ...' if len(bare) > 3 else ''}) beyond the {rows} rows of the model's embeddings; take them out of "
             f"the tokenizer's files, and write those that are to be learned into model.add_tokens"
         )
-
-
-def attention_implementation(wanted: str) -> str | None:
-    """None leaves it to transformers: sdpa where the model has it, else eager."""
-    if wanted != "auto":
-        return wanted
-    from transformers.utils.import_utils import is_flash_attn_2_available
-
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else None
 
 
 def vocabulary_parameters(language: PreTrainedModel) -> list[str]:

@@ -93,7 +93,7 @@ def load_whole(kind: Any, key: str, name: str, **options: Any) -> Any:
             f"{key}: {name} is an adapter of peft, not a model; merge it into its base first (merge_and_unload of "
             f"peft, `mmit merge` for a run) and name the result"
         )
-    with _quiet():
+    with quiet():
         model, found = from_hub(
             lambda: kind.from_pretrained(
                 **located(name),
@@ -161,8 +161,9 @@ def _sizes(name: str, found: Any, wanted: Any) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of the keys it did not need or find; what matters of it is checked here."""
+def quiet() -> Iterator[None]:
+    """Without transformers' report of the keys it did not need or find, and the like; what matters of it is checked
+    here."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:

@@ -31,13 +31,8 @@ from mmit.config import ConfigError
 from mmit.data.chat_formats import ChatFormat
 from mmit.data.fit import Policy
 from mmit.data.provenance import taken
-from mmit.model.build import (
-    Assembly,
-    attention_implementation,
-    merge_lora,
-    placeholder_of,
-    tower_record,
-)
+from mmit.model.attention import built_with
+from mmit.model.build import Assembly, merge_lora, placeholder_of, tower_record
 from mmit.model.files import file_sha256, located, provenance, split_revision
 from mmit.model.pretrained import from_hub, load_tokenizer, load_whole
 from mmit.model.projector import MlpProjector
@@ -173,7 +168,7 @@ def _causal_language(twin: Any, attention: str) -> PreTrainedModel:
         language: Any = AutoModelForCausalLM.from_config(text)
     setattr(language, language.base_model_prefix, twin.model.language_model)
     language.set_output_embeddings(twin.lm_head)
-    if (implementation := attention_implementation(attention)) is not None:
+    if (implementation := built_with(attention)) is not None:
         language.set_attn_implementation(implementation)
     return language
 
@@ -240,7 +235,7 @@ def _from_llava_repository(name: str, raw: Mapping[str, Any], model: schema.Mode
             )
     sizes = {key: value for key, value in raw.items() if not key.startswith("mm_") and key != "model_type"}
     config = AutoConfig.for_model(LLAVA_REPOSITORY[kind], **sizes)
-    attention = attention_implementation(model.attention)
+    attention = built_with(model.attention)
     language = load_whole(AutoModelForCausalLM, "model.from", name, config=config, attn_implementation=attention)
     select: Select = "cls_patch" if raw.get("mm_vision_select_feature") == "cls_patch" else "patch"
     layer = int(raw.get("mm_vision_select_layer", -2))

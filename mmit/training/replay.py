@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmit.config import Config, ConfigError
 from mmit.data.cache import cache_folder
 from mmit.data.packing import Row
+from mmit.model.attention import use_flash_attention
 from mmit.model.build import set_modes, set_trained
 from mmit.training import checkpoint, parallel, state
 from mmit.training.data import open_stage
@@ -34,10 +35,11 @@ def replay(config: Config, folder: Path) -> Iterator[str]:
     number, stage, accelerator = fault["stage"], config.stages[fault["stage"]], parallel.start(config)
     cache = cache_folder(config.cache)
     assembly = state.start(config, number, found, cache)
-    trained, frozen = dtypes(config, accelerator.device)
+    trained, frozen = dtypes(config, accelerator)
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
     set_modes(assembly, stage.train, gradient_checkpointing=False)
-    model = assembly.vlm.to(accelerator.device)
+    model, bf16 = assembly.vlm.to(accelerator.device), accelerator.mixed_precision == "bf16"
+    use_flash_attention(assembly.vlm.language, config.model.attention, accelerator.device, bf16=bf16)
     bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     for name in bad:
         yield f"not finite before the step: weight {name}"

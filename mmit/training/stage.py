@@ -12,6 +12,7 @@ from torch import nn
 
 from mmit.config import Config, Stage
 from mmit.data.cache import cache_folder
+from mmit.model.attention import use_flash_attention
 from mmit.model.build import Assembly, check_targets, set_modes, set_trained
 from mmit.model.layers import compile_layers, compiling
 from mmit.model.pretrained import check_it_survives
@@ -87,7 +88,7 @@ def prepare(
             ranks=accelerator.num_processes,
         ),
     )
-    trained, frozen = dtypes(config, device)
+    trained, frozen = dtypes(config, accelerator)
     parallel.on_main(accelerator, lambda: _look_ahead(config, number, assembly, cache))
     parallel.on_main(accelerator, lambda: check_space(config, number, run, assembly, trained))
     if resumed is None:
@@ -102,6 +103,8 @@ def prepare(
     if config.compile:
         compile_layers(assembly.vlm.language)
     model = parallel.spread(assembly.vlm, config.parallel, accelerator, offload=config.offload)
+    bf16 = accelerator.mixed_precision == "bf16"
+    use_flash_attention(assembly.vlm.language, config.model.attention, device, bf16=bf16)
     optimizer = build_optimizer(assembly, stage)
     progress = state.resume(assembly, optimizer, resumed, data) if resumed is not None else Progress()
     parallel.on_main(accelerator, lambda: run.settle() if run.moved else None)
@@ -139,9 +142,9 @@ def _look_ahead(config: Config, number: int, assembly: Assembly, cache: Path) ->
             too_long(data)
 
 
-def dtypes(config: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+def dtypes(config: Config, accelerator: Accelerator) -> tuple[torch.dtype, torch.dtype]:
     """Of trained and of frozen parameters."""
     if config.precision == "fp64":
         return torch.float64, torch.float64
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.float32, torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
+    bf16 = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+    return torch.float32, torch.bfloat16 if bf16 else torch.float32
