@@ -96,8 +96,14 @@ def probe_head(vlm: VLM, device: torch.device, *, through: nn.Module | None = No
     row = _row([_random_ids(vlm, length, generator) for length in LENGTHS], learned=True).to(device)
     was_training, chunk = _pause(vlm), vlm.chunk
     spread: list[float] = []
+    rounding: list[float] = []
+
+    def look(_module: nn.Module, _inputs: Any, logits: Tensor) -> None:
+        spread.append(float(logits.float().std()))
+        rounding.append(torch.finfo(logits.dtype).eps)
+
     vlm.chunk = None
-    hook = head.register_forward_hook(lambda _module, _inputs, logits: spread.append(float(logits.float().std())))
+    hook = head.register_forward_hook(look)
     try:
         model(row)
         hook.remove()
@@ -109,7 +115,9 @@ def probe_head(vlm: VLM, device: torch.device, *, through: nn.Module | None = No
         hook.remove()
         vlm.chunk = chunk
         _resume(was_training)
-    return bool(torch.allclose(own, ours, rtol=1e-5, atol=1e-5))
+    # A GPU's kernels add in another order for fewer rows, which bf16 logits of this size show by a whole unit.
+    difference = float((own - ours).abs().mean() / own.mean())
+    return difference <= max(1e-5, 4 * rounding[0])
 
 
 def _others_reach(vlm: VLM, ids: list[Tensor], device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -198,6 +198,39 @@ def test_a_bare_head_is_found_equal(sizes: dict[str, Any]) -> None:
 )
 def test_a_head_that_caps_or_scales_is_found_different(sizes: dict[str, Any]) -> None:
     assert not probe_head(made(sizes), CPU)
+
+
+def in_bf16(sizes: dict[str, Any]) -> VLM:
+    """As on a GPU, whose kernels add in another order, and so round otherwise, for other numbers of rows."""
+    vlm = made(sizes).to(torch.bfloat16)
+    head = cast(torch.nn.Linear, vlm.language.get_output_embeddings())
+
+    def by_rows(states: torch.Tensor) -> torch.Tensor:
+        return (
+            torch.nn.functional.linear(states.float(), head.weight.float()) * (1 + 1e-4 * states.shape[-2])
+        ).bfloat16()
+
+    head.forward = by_rows
+    return vlm
+
+
+@pytest.mark.parametrize("sizes", [LANGUAGE, QWEN2, GEMMA3], ids=kind)
+def test_a_bare_head_is_found_equal_in_spite_of_bf16(sizes: dict[str, Any]) -> None:
+    assert probe_head(in_bf16(sizes), CPU)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        GEMMA2,
+        GEMMA2 | {"final_logit_softcapping": 200.0},
+        LANGUAGE | {"model_type": "cohere"},
+        LANGUAGE | {"model_type": "granite", "logits_scaling": 1.1},
+    ],
+    ids=kind,
+)
+def test_a_head_that_caps_or_scales_is_found_different_in_bf16(sizes: dict[str, Any]) -> None:
+    assert not probe_head(in_bf16(sizes), CPU)
 
 
 def test_the_head_probe_leaves_no_hook_and_no_chunk_behind() -> None:
