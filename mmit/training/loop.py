@@ -7,6 +7,7 @@ straight run as after a kill, and the state of a running stage is its checkpoint
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable
@@ -52,6 +53,10 @@ def train(config: Config, *, asked: str, check_memory: bool = False) -> Path:
             for number in range(first, len(config.stages)):
                 at_first = resumed if number == first else None
                 _train_stage(config, number, at_first, run, accelerator, stop, check_memory=check_memory)
+                # Model and optimizer are in reference cycles: they would lie beside those of the next stage.
+                gc.collect()
+                if accelerator.device.type == "cuda":
+                    torch.cuda.empty_cache()
         except Interrupted as interrupted:
             if accelerator.is_main_process and under_torchrun():
                 run.preempted.write_text(f"{interrupted}\n", encoding="utf-8")

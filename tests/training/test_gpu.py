@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmit.training import parallel
-from mmit.training.stage import dtypes
-from tests.training.tiny import altered, config, stage
+from mmit.training import loop, parallel
+from mmit.training.stage import RunningStage, dtypes
+from tests.training.tiny import altered, config, mixed, run, shards, stage
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool) -> None:
@@ -49,3 +51,20 @@ def test_a_gpu_that_only_emulates_bf16_gets_it_if_it_is_asked_for(
 ) -> None:
     gpu(monkeypatch, has_bf16=has_bf16)
     assert precisions(tmp_path, monkeypatch, wanted) == expected
+
+
+def test_a_stage_that_has_ended_leaves_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next one has to fit beside it: weights, and twice as much again of moments."""
+    before: list[weakref.ref[Any]] = []
+    prepare = loop.prepare
+
+    def watched(*arguments: Any) -> RunningStage:
+        assert [found for reference in before if (found := reference()) is not None] == []
+        gc.disable()  # it comes when it will
+        at = prepare(*arguments)
+        before.extend(weakref.ref(part) for part in (at.assembly.vlm, at.optimizer))
+        return at
+
+    monkeypatch.setattr(loop, "prepare", watched)
+    data, train = shards(tmp_path / "data", mixed(10)), {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
+    run(config(tmp_path / "run", stage("a", data, train, steps=1), stage("b", data, train, steps=1)))
