@@ -52,12 +52,7 @@ def out_of_memory(config: Config, stage: Stage, step: Step) -> str:
         cheaper.append(f"{name}.gradient_checkpointing=true (the same numbers, about a third slower)")
     if len(longest.pixels) > 1:
         cheaper.append(f"{name}.row_images={len(longest.pixels) // 2} (now {len(longest.pixels)} in that row)")
-    if config.parallel == "ddp":
-        cheaper.append("parallel=fsdp (on several GPUs: weights, gradients and optimizer are shared out)")
-    elif not config.offload:
-        cheaper.append("offload=true (optimizer and weights in the memory of the CPU)")
-    if stage.train.language is not None and stage.train.language.lora is None:
-        cheaper.append(f"{name}.train.language.lora={{rank: 64, alpha: 128}} (an adapter instead of all weights)")
+    cheaper += _lighter(config, stage)
     cheaper.append(f"{name}.batch_size does not matter here: a row is what must fit")
     samples = ", ".join(longest.samples)
     return (
@@ -66,6 +61,29 @@ def out_of_memory(config: Config, stage: Stage, step: Step) -> str:
         + "\n  ".join(cheaper[:3])
         + "\nThe same command goes on from the last checkpoint"
     )
+
+
+def too_large(config: Config, stage: Stage) -> str:
+    """What to tell where memory does not hold a stage at all, or not what it does between its rows."""
+    return (
+        f"stage {stage.name}: out of memory beside the rows: weights and what the optimizer keeps of them do not fit "
+        f"the device. Cheaper settings:\n  "
+        + "\n  ".join([*_lighter(config, stage), "a smaller model.language"])
+        + "\nThe same command goes on from the last checkpoint"
+    )
+
+
+def _lighter(config: Config, stage: Stage) -> list[str]:
+    """Settings with which weights, gradients and optimizer need less."""
+    lighter = []
+    if config.parallel == "ddp":
+        lighter.append("parallel=fsdp (on several GPUs: weights, gradients and optimizer are shared out)")
+    elif not config.offload:
+        lighter.append("offload=true (optimizer and weights in the memory of the CPU)")
+    if stage.train.language is not None and stage.train.language.lora is None:
+        adapter = "lora={rank: 64, alpha: 128} (an adapter instead of all weights)"
+        lighter.append(f"stages.{stage.name}.train.language.{adapter}")
+    return lighter
 
 
 def check_memory(at: RunningStage, compute: Callable[[Step], Tensor | None]) -> None:

@@ -44,15 +44,19 @@ def train(config: Config, *, asked: str, check_memory: bool = False) -> Path:
         torch.set_num_threads(config.threads)
     run, stop = RunDirectory(Path(config.output)), StopFlag()
     accelerator = parallel.start(config)
+    computed_on = parallel.told(config, accelerator)
     with ExitStack() as held:
         held.enter_context(stop.listening())
-        parallel.on_main(accelerator, lambda: (held.enter_context(run.locked()), run.begin(asked)))
+        parallel.on_main(accelerator, lambda: (held.enter_context(run.locked()), run.begin(asked, computed_on)))
         try:
             first, resumed = parallel.from_main(accelerator, lambda: state.where_to_go_on(config, run))
             parallel.on_main(accelerator, lambda: state.check_moved_data(config, run))
             for number in range(first, len(config.stages)):
                 at_first = resumed if number == first else None
-                _train_stage(config, number, at_first, run, accelerator, stop, check_memory=check_memory)
+                try:
+                    _train_stage(config, number, at_first, run, accelerator, stop, check_memory=check_memory)
+                except torch.OutOfMemoryError as error:
+                    raise ConfigError(faults.too_large(config, config.stages[number])) from error
                 # Model and optimizer are in reference cycles: they would lie beside those of the next stage.
                 gc.collect()
                 if accelerator.device.type == "cuda":

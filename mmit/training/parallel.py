@@ -53,7 +53,19 @@ def start(config: Config) -> Accelerator:
     # accelerate keeps the precision of the process's first run for good, and refuses another.
     AcceleratorState._reset_state(reset_partial_state=True)
     group = InitProcessGroupKwargs(timeout=TIMEOUT)
-    return Accelerator(cpu=not on_cuda, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[group])
+    try:
+        return Accelerator(cpu=not on_cuda, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[group])
+    except (NotImplementedError, ValueError) as error:  # GPUs that cannot reach each other, or have no bf16
+        raise ConfigError(f"device, precision: {' '.join(str(error).split())}") from None
+
+
+def told(config: Config, accelerator: Accelerator) -> str:
+    """What computes, and in which precision: `auto` takes a CPU without a word where a driver is too old."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp64" if config.precision == "fp64" else "fp32"
+    ranks = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
+    return f"{ranks}{name}, {precision}"
 
 
 def _meet(on_cuda: bool) -> None:
@@ -64,10 +76,18 @@ def _meet(on_cuda: bool) -> None:
     Needless once torch prefixes its keys by attempt.
     """
     here = os.environ
-    if torch.distributed.is_initialized() or "RANK" not in here or int(here.get("WORLD_SIZE", "1")) == 1:
+    alone = int(here.get("WORLD_SIZE", "1")) == 1
+    # One rank of torchrun has a group too, for fsdp; accelerate's would have no gloo.
+    if torch.distributed.is_initialized() or "RANK" not in here or (alone and "LOCAL_RANK" not in here):
         return
     if on_cuda:
-        torch.cuda.set_device(int(here.get("LOCAL_RANK", "0")))
+        if "LOCAL_RANK" not in here:  # accelerate would take each rank for a run of its own
+            raise ConfigError(
+                "RANK and WORLD_SIZE are set, but LOCAL_RANK, the number of the process on its machine, is not; start "
+                "with torchrun --nproc-per-node N -m mmit train ..., or set it too"
+            )
+        # As accelerate counts: where a scheduler shows each process its own GPU alone, that is number 0.
+        torch.cuda.set_device(int(here["LOCAL_RANK"]) % torch.cuda.device_count())
     store, rank, ranks = next(rendezvous("env://", timeout=TIMEOUT))
     # Offloaded gradients lie on the CPU, where nccl cannot sum them.
     torch.distributed.init_process_group(

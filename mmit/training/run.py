@@ -127,7 +127,7 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def begin(self, asked: str) -> None:
+    def begin(self, asked: str, computed_on: str) -> None:
         """Stores the config (YAML) and the environment; ConfigError if a begun stage was asked for differently. A
         config that reads from other places (`moved`) is stored by `settle`, once the same was found there."""
         file, beside = self.folder / "config.yaml", self.folder / "environment.json"
@@ -140,6 +140,7 @@ class RunDirectory:
         if (before := self._begun if self._begun.exists() else file).exists():
             self.moved = self._refuse_changes(yaml.safe_load(before.read_text(encoding="utf-8")), yaml.safe_load(asked))
         environment = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+        environment["computed_on"] = computed_on
         packages = {name: version(name) for name in PACKAGES}
         self._asked = asked
         if not self.moved:

@@ -122,6 +122,7 @@ def prepare(
         log_samples=config.log_samples,
     )
     held.enter_context(log)
+    log.say(f"{parallel.told(config, accelerator)}, attention {assembly.vlm.language.config._attn_implementation}")
     log.say(table)
     for line in too_long(data) if progress.done == 0 else ():
         log.say(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from mmit.config import ConfigError, load_config
 from mmit.training import loop, parallel
 from mmit.training.stage import RunningStage, dtypes
-from tests.training.tiny import altered, config, mixed, run, shards, stage
+from tests.training.tiny import altered, config, ended, mixed, run, said, shards, stage, start
+
+BOTH = {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool) -> None:
@@ -66,5 +70,88 @@ def test_a_stage_that_has_ended_leaves_the_memory(tmp_path: Path, monkeypatch: p
         return at
 
     monkeypatch.setattr(loop, "prepare", watched)
-    data, train = shards(tmp_path / "data", mixed(10)), {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
-    run(config(tmp_path / "run", stage("a", data, train, steps=1), stage("b", data, train, steps=1)))
+    data = shards(tmp_path / "data", mixed(10))
+    run(config(tmp_path / "run", stage("a", data, BOTH, steps=1), stage("b", data, BOTH, steps=1)))
+
+
+# Ranks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "expected"), [("3", 8, 3), ("3", 1, 0)], ids=["all GPUs are seen", "each its own"]
+)
+def test_a_rank_takes_its_own_gpu_and_a_group_that_sums_on_cpus_too(
+    local_rank: str, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(parallel, "rendezvous", lambda *_, **__: iter([(None, 3, 8)]))
+    monkeypatch.setattr(parallel, "PrefixStore", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: taken.append(backend))
+    parallel._meet(on_cuda=True)
+    assert taken == [expected, "cpu:gloo,cuda:nccl"]
+
+
+def test_one_rank_of_torchrun_has_a_group_that_sums_on_cpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `parallel: fsdp` with `offload` needs it on one GPU."""
+    joined: list[str] = []
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(parallel, "rendezvous", lambda *_, **__: iter([(None, 0, 1)]))
+    monkeypatch.setattr(parallel, "PrefixStore", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: joined.append(backend))
+    parallel._meet(on_cuda=True)
+    assert joined == ["cpu:gloo,cuda:nccl"]
+
+
+def test_ranks_that_do_not_know_their_place_on_the_machine_are_no_runs_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ConfigError, match="LOCAL_RANK, the number of the process on its machine, is not"):
+        parallel._meet(on_cuda=True)
+
+
+# Memory ----------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_fit_the_device_is_told_with_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wanted = config(tmp_path / "run", stage("s", shards(tmp_path / "data", mixed(5)), BOTH, steps=1))
+    monkeypatch.setattr(parallel, "spread", full)
+    assert ended(start(wanted)) == 2
+    assert "stage s: out of memory beside the rows" in said(wanted)
+    for setting in ("parallel=fsdp", "stages.s.train.language.lora={rank: 64", "a smaller model.language"):
+        assert setting in said(wanted)
+    assert "Traceback" not in said(wanted)
+
+
+def test_recipes_that_train_all_of_7b_share_it_out() -> None:
+    """16 bytes a parameter, in fp32 with its gradient and moments, are more than 80 GB."""
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*7b*.yaml"))
+    assert files
+    for file in files:
+        recipe = load_config(file)
+        whole = [s for s in recipe.stages if s.train.language is not None and s.train.language.lora is None]
+        assert not whole or recipe.parallel == "fsdp", file
+
+
+# What is told ----------------------------------------------------------------------------
+
+
+def test_a_run_says_and_keeps_what_it_is_computed_on(tmp_path: Path) -> None:
+    wanted = config(tmp_path / "run", stage("s", shards(tmp_path / "data", mixed(5)), BOTH, steps=1))
+    run(wanted)
+    assert "CPU, fp32, attention sdpa" in said(wanted)
+    assert json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["computed_on"] == "CPU, fp32"
