@@ -446,7 +446,7 @@ def _tell(out: Path, derived: Derived) -> None:
 def _options(pairs: list[str]) -> dict[str, Any]:
     import yaml
 
-    from mmit.config import ConfigError
+    from mmit.config import ConfigError, read_value
 
     options = {}
     for pair in pairs:
@@ -454,8 +454,8 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError(f"--set {pair}: write KEY=VALUE, such as --set strip=false")
         try:
-            options[key.replace("-", "_")] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+            options[key.replace("-", "_")] = read_value(value) if value else ""
+        except (yaml.YAMLError, ValueError, RecursionError):
             options[key.replace("-", "_")] = value
     return options
 

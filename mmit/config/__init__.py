@@ -2,7 +2,7 @@
 
 from mmit.config.faults import ConfigError, suggest
 from mmit.config.own import imported
-from mmit.config.reading import dump_config, load_config, parse_config, recipes
+from mmit.config.reading import dump_config, load_config, parse_config, read_value, recipes
 from mmit.config.schema import (
     Config,
     Holdout,
@@ -34,6 +34,7 @@ __all__ = [
     "imported",
     "load_config",
     "parse_config",
+    "read_value",
     "recipes",
     "suggest",
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.cli import main
+from data_tools.cli import _options, main
 from data_tools.convert import Settings, convert
 from mmit.data.shards import verify
 from tests.tools.test_convert import rows_with
@@ -270,3 +270,16 @@ def test_a_page_of_pictures_is_a_png_or_refused(command: Command, photos: Path, 
     code, _, err = command("grid", tmp_path / "set", "--out", tmp_path / "a.txt")
     assert code == 2
     assert "write a name that ends in .png" in err
+
+
+def test_options_are_read_as_yaml_1_2_has_it() -> None:
+    """As the values of a run's command line are: `off` is a word, and `#` begins no comment."""
+    pairs = ["answer=off", "fps=1e-1", "prompt=2026-01-02", "image-prefix=a #2/", "strip=false", "x="]
+    assert _options(pairs) == {
+        "answer": "off",
+        "fps": 0.1,
+        "prompt": "2026-01-02",
+        "image_prefix": "a #2/",
+        "strip": False,
+        "x": "",
+    }
