@@ -7,12 +7,13 @@ output stands `NAME.settings.json`: the run and the settings that all its answer
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mmit.config import ConfigError
 from mmit.data.sample import SampleError
@@ -54,6 +55,7 @@ def answer_file(
         model.check(_conversation(line, source, system), sampling)
     before = done
     with out.open("ab") as opened:
+        _hold(opened, out)
         progress(done, len(lines))
         while done < len(lines):
             batch = lines[done : done + batch_size]
@@ -83,11 +85,11 @@ def read_lines(source: Path) -> list[Line]:
             record = json.loads(written)
         except json.JSONDecodeError as error:
             raise SampleError(f"{where}: not JSON ({error}); write one object a line") from None
-        if not isinstance(record, dict) or ("messages" in record) == ("prompt" in record):
+        if not isinstance(record, dict) or _has(record, "messages") == _has(record, "prompt"):
             raise SampleError(
                 f'{where}: found {written[:60]!r}; write an object with either "messages" or "prompt" in it'
             )
-        if "answer" in record:
+        if _has(record, "answer"):
             raise SampleError(f'{where}: has an "answer" already, which ours would replace; rename it (to "expected")')
         lines.append(Line(number, record))
     if not lines:
@@ -97,17 +99,30 @@ def read_lines(source: Path) -> list[Line]:
 
 def _conversation(line: Line, source: Path, system: str | None) -> Conversation:
     where, record = f"{source}:{line.number}", line.record
-    images: Any = record.get("images", [])
-    if "image" in record:
-        if "images" in record:
+    images: Any = record["images"] if _has(record, "images") else []
+    if _has(record, "image"):
+        if _has(record, "images"):
             raise SampleError(f'{where}: has both "image" and "images"; keep one of them')
         images = [record["image"]]
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise SampleError(f"{where}: images are {str(images)[:60]!r}; write the path of a file, or a list of paths")
-    asked: Any = record.get("prompt", record.get("messages"))
-    if not isinstance(asked, str if "prompt" in record else list):
+    asked: Any = record["prompt" if _has(record, "prompt") else "messages"]
+    if not isinstance(asked, str if _has(record, "prompt") else list):
         raise SampleError(f'{where}: found {str(asked)[:60]!r}; "prompt" is a text, "messages" a list of messages')
     return conversation(asked, images, system=system, folder=source.parent, where=where)
+
+
+def _hold(opened: IO[bytes], out: Path) -> None:
+    """Until it is closed; two processes that write the same answers would cut off each other's."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{out}: another process is writing it; wait for it, or name another output") from None
+
+
+def _has(record: dict[str, Any], key: str) -> bool:
+    """A null is nothing: tables written as lines have every column in each."""
+    return record.get(key) is not None
 
 
 def _answered(lines: Sequence[Line], source: Path, out: Path, settings: dict[str, Any]) -> int:
@@ -127,6 +142,7 @@ def _answered(lines: Sequence[Line], source: Path, out: Path, settings: dict[str
             different = [key for key in settings if then.get(key) != settings[key]]
             raise ConfigError(f"{out}: holds answers made with another {', '.join(different)}; {remedy}")
         with out.open("rb+") as opened:
+            _hold(opened, out)
             whole = opened.read()
             opened.truncate(whole.rfind(b"\n") + 1)
         answers = [json.loads(written) for written in whole.splitlines(keepends=True) if written.endswith(b"\n")]

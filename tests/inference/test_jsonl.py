@@ -114,6 +114,35 @@ def test_answers_of_other_settings_or_questions_are_not_mixed(model: Model, sour
     assert out.read_bytes() == before
 
 
+def test_a_second_process_does_not_write_the_same_answers(model: Model, source: Path, tmp_path: Path) -> None:
+    """Both wrote all of them, one after the other's, and ended well."""
+    out, told = tmp_path / "out.jsonl", []
+
+    def again(done: int, total: int) -> None:
+        if done == 2:
+            with pytest.raises(ConfigError, match="another process is writing it") as caught:
+                answer_file(model, source, out, sampling=DRAWN, batch_size=2)
+            told.append(str(caught.value))
+
+    assert answer_file(model, source, out, sampling=DRAWN, batch_size=2, progress=again) == (0, 6)
+    assert len(told) == 1
+    assert len(out.read_bytes().splitlines()) == 6
+
+
+def test_a_null_is_nothing(model: Model, source: Path, tmp_path: Path) -> None:
+    """Tables that are written as lines have every column in each."""
+    nulls = {"prompt": None, "messages": None, "image": None, "images": None, "answer": None}
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line]
+    answer_file(model, source, tmp_path / "plain.jsonl", sampling=DRAWN)
+    source.write_text("\n".join(json.dumps(nulls | line) for line in lines), encoding="utf-8")
+    answer_file(model, source, tmp_path / "out.jsonl", sampling=DRAWN)
+    plain, table = (
+        [json.loads(line)["answer"] for line in (tmp_path / name).read_text(encoding="utf-8").split("\n") if line]
+        for name in ("plain.jsonl", "out.jsonl")
+    )
+    assert table == plain
+
+
 def test_a_file_that_is_not_ours_is_left_alone(model: Model, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "precious.jsonl"
     out.write_text("mine\n")
