@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -303,6 +304,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):  # on a full disk the code has to tell
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(code) if code in (0, 75) else sys.exit(code)

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -59,7 +59,8 @@ class StopFlag:
         when = "when all ranks have loaded" if self._loading else "as soon as the rows in hand are computed"
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         told = f"{rank}{signal.Signals(number).name}: the run stops {when}; a second signal ends it here and now\n"
-        os.write(2, told.encode())  # not print, in which the signal may have arrived
+        with suppress(OSError):  # a log on a full disk
+            os.write(2, told.encode())  # not print, in which the signal may have arrived
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -96,7 +96,7 @@ class RunLog:
         elif number == self.total or number <= self._start + 1 or now - self._last_line > 10:
             self._last_line = now
             left = (self.total - number) * record["seconds"]
-            self.console.print(f"{self.stage} {number}/{self.total}  {facts}  {left / 60:.1f} min left")
+            self.say(f"{self.stage} {number}/{self.total}  {facts}  {left / 60:.1f} min left")
 
     def holes(self, step: int, holes: Sequence[Hole], *, held_out: bool = False) -> None:
         for hole in holes if self.active else ():
@@ -129,8 +129,14 @@ class RunLog:
             self._trackers.log_text(f"{self.stage}/answers", "\n\n".join(told), step)
 
     def say(self, text: str | Table) -> None:
-        if self.active:
+        if not self.active:
+            return
+        try:
             self.console.print(text)
+        except (OSError, SystemExit):
+            # The disk of a log is full, or who read it has left, for which rich would end the process. Numbers and
+            # faults are in the run's files.
+            self.console.quiet = True
 
     def append(self, file: str, record: Mapping[str, Any]) -> None:
         """One line, written and handed to the system at once, so that a kill loses none.

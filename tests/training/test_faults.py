@@ -633,6 +633,38 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
     assert_same_run(straight, small_disk / "run")
 
 
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize("what", ["a full disk", "a pipe that nobody reads"])
+def test_a_log_that_cannot_be_written_costs_the_log_alone(
+    what: str, signalled: bool, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redirected to a disk that filled up, or through a `tee` that died, a run stopped, and a signal saved nothing."""
+    step = torch.optim.AdamW.step
+    calls = []
+
+    def muted(optimizer: torch.optim.AdamW, closure: Any = None) -> Any:
+        calls.append(1)  # the first is of `_begin`
+        if len(calls) == 3:
+            full = os.open("/dev/full", os.O_WRONLY)
+            reader, writer = os.pipe()
+            os.close(reader)
+            for number in (1, 2):
+                os.dup2(full if what == "a full disk" else writer, number)
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(optimizer, closure)
+
+    only = stage("s", texts, LANGUAGE, steps=4)
+    wanted = config(
+        tmp_path / "run", only, vision=None, eval={"holdout": {"fraction": 0.3, "by": "sample"}, "every": 1}
+    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", muted)
+    code = ended(start(wanted))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == ([1, 2] if signalled else [1, 2, 3, 4])
+    assert list((tmp_path / "run/checkpoints").glob("s-step-2" if signalled else "s-step-4"))
+    assert code == 75 if signalled else (tmp_path / "run/final").is_dir()
+
+
 def test_a_disk_that_is_full_at_the_start_or_at_the_end_is_told_of(
     tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
