@@ -76,9 +76,11 @@ def read_yaml(text: str, name: str = "") -> Any:
 def read_value(text: str) -> Any:
     """What the value of a KEY=VALUE on a command line says."""
     node = (loader := _Yaml(text)).get_single_node()
+    if node is None:
+        return text.strip() or None
     if isinstance(node, yaml.ScalarNode) and node.style is None and node.value != text.strip():
         return text.strip()  # photos #2: nothing on a command line is a comment
-    return loader.construct_document(node) if node is not None else None
+    return loader.construct_document(node)
 
 
 def _merge(tree: dict[str, Any], override: str) -> None:

@@ -319,9 +319,10 @@ def test_a_word_of_truth_among_the_sizes_of_a_random_tower_is_told() -> None:
     assert told == "model.vision.random: quick_gelu: found 'no'; write true or false"
 
 
-def test_nothing_on_a_command_line_is_a_comment() -> None:
+@pytest.mark.parametrize("text", ["runs/take #2", "#2"])
+def test_nothing_on_a_command_line_is_a_comment(text: str) -> None:
     """`output="runs/take #2"` went to runs/take."""
-    assert parse_config(good(), "run.yaml", ["output=runs/take #2"]).output == "runs/take #2"
+    assert parse_config(good(), "run.yaml", [f"output={text}"]).output == text
 
 
 @pytest.mark.parametrize("key", NUMBERS["whole"])
