@@ -68,7 +68,7 @@ def save_and_stop(at: RunningStage) -> NoReturn:
     at.optimizer.zero_grad(set_to_none=True)
     told = f"stopped after step {done} of stage {name}"
     if done == 0:
-        raise Interrupted(f"{told}; the same command starts anew")
+        raise Interrupted(f"{told}; the same command starts it anew")
     try:
         _save(at)
     except OSError as error:

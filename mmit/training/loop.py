@@ -11,7 +11,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import overload
 
@@ -63,7 +63,8 @@ def train(config: Config, *, asked: str, check_memory: bool = False) -> Path:
                     torch.cuda.empty_cache()
         except Interrupted as interrupted:
             if accelerator.is_main_process and under_torchrun():
-                run.preempted.write_text(f"{interrupted}\n", encoding="utf-8")
+                with suppress(OSError):  # a full disk; that would be a failure, after which torchrun starts again
+                    run.preempted.write_text(f"{interrupted}\n", encoding="utf-8")
             raise
         parallel.on_main(accelerator, lambda: state.finish(config, run))
     return run.final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -173,6 +174,27 @@ def test_a_signal_is_no_fault_of_what_it_interrupts(
     assert ended(start(wanted)) == 75, said(wanted)
     assert said(wanted).splitlines()[-1].startswith("stopped while loading; nothing is lost")
     assert "fails" not in said(wanted)
+
+
+def test_a_full_disk_makes_no_failure_of_an_interruption_under_torchrun(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note PREEMPTED could not be written: exit 2, after which torchrun would start the run again."""
+    write_text = Path.write_text
+
+    def full(path: Path, *args: Any, **named: Any) -> int:
+        if path.name == "PREEMPTED":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *args, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    wanted = config(tmp_path / "run", stage("s", texts, {"language": {"lr": 1e-3}}, steps=2000), vision=None)
+    process = start(wanted)
+    wait_for_steps(wanted, process, 2)
+    os.kill(process, signal.SIGTERM)
+    assert ended(process) == 0, said(wanted)
+    assert list((tmp_path / "run/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
