@@ -77,6 +77,8 @@ def train(
     from mmit import api
 
     final = api.train(config, overrides or (), check_memory=check_memory, processes=cpus())
+    if os.environ.get("RANK", "0") != "0":
+        return  # on another node, whose view of the folder may be behind
     sees = json.loads((final / "model.json").read_text(encoding="utf-8"))["image_tokens"] > 0
     run = shlex.quote(str(final.parent))
     typer.echo(f"done: {final}\n  mmit generate {run}" + (" --image FILE" if sees else "") + " --prompt '...'")

@@ -90,6 +90,13 @@ def test_ranks_may_have_other_numbers_of_workers(by_one: dict[str, Path], tmp_pa
     assert_same_losses(by_one["all"], run_ranks(wanted, 2, workers={0: 2, 1: 0}))
 
 
+def test_the_first_rank_alone_tells_that_a_run_is_done(tmp_path: Path, texts: Path) -> None:
+    """The others read final/ as well, which a node may not see yet, and failed a run that was done."""
+    wanted = config(tmp_path / "run", stage("s", texts, {"language": {"lr": 1e-3}}, steps=2), vision=None)
+    run_ranks(wanted, 2)
+    assert said(wanted).count("done: ") == 1
+
+
 @pytest.mark.parametrize("name", TRAIN)
 def test_under_fsdp_every_trained_tensor_and_moment_is_a_shard(
     name: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
