@@ -63,7 +63,7 @@ def _trained(stage: Stage, assembly: Assembly, names: Iterable[str]) -> Iterator
     parts = [part for part in ("vision", "projector") if dict(train)[part] is not None]
     if train.language is not None and train.language.lora is None:
         parts.append("language")
-    unused = {f"vision.{name}" for name in vision.unused_parameters()} if vision is not None else set()
+    unused = {f"vision.{name}" for name in vision.unused_parameters()} if vision is not None and train.vision else set()
     return (name for name in names if name.partition(".")[0] in parts and name not in unused)
 
 
