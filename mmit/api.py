@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmit.config import Config, ConfigError, Source, dump_config, load_config, parse_config, suggest
+from mmit.config import Config, ConfigError, RandomLanguage, Source, dump_config, load_config, parse_config, suggest
 
 Say = Callable[[str], object]
 
@@ -133,6 +133,15 @@ def _absent(config: Config) -> Iterator[str]:
     for key, name in named.items():
         if isinstance(name, str) and name.startswith((".", "/")) and not Path(name).exists():
             yield f"model.{key}: {name}: no such folder; name one that holds a model's files, or a hub model"
+    files = {
+        "projector.from": model.projector and model.projector.source,
+        "vision.pretrained": model.vision and model.vision.pretrained,
+        "language.tokenizer": isinstance(model.language, RandomLanguage) and model.language.tokenizer,
+    }
+    for key, name in files.items():
+        local = key == "projector.from" or str(name).startswith((".", "/"))  # which is never a name of the Hub
+        if name and local and not Path(name).exists():
+            yield f"model.{key}: {name}: no such file or folder (relative ones start in {Path.cwd()})"
 
 
 def _sources(config: Config) -> list[tuple[str, Source]]:

@@ -669,10 +669,12 @@ def test_all_places_are_looked_for_before_the_first_source_is_converted(tmp_path
     (tmp_path / "file").write_text("")
     data = f"[{{llava: {tmp_path}/gone.json, images: {tmp_path}/photos}}, {{shards: {tmp_path}/shards}}]"
     changes = [f"stages.sft.data={data}", f"output={tmp_path}/file/run", f"model.language={tmp_path}/llm"]
+    changes += [f"model.vision.pretrained={tmp_path}/clip.pt", "model.projector.from=mm_projector.bin"]
     with pytest.raises(ConfigError) as caught:
         train(parse_config(good(), "run.yaml", [*changes, "stages.align.data=[{synthetic: captions}]"]))
-    wanted = ("gone.json: no such", "photos: no such", "shards: no such", "file is a file", "llm: no such")
-    assert [place for place in wanted if place not in str(caught.value)] == []
+    absent = ("gone.json", "photos", "shards", "llm", "clip.pt", "model.projector.from: mm_projector.bin")
+    wanted = [*(f"{place}: no such" for place in absent), "file is a file"]
+    assert [told for told in wanted if told not in str(caught.value)] == []
 
 
 def test_the_installed_command_ends_so_too(tmp_path: Path) -> None:
