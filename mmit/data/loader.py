@@ -7,12 +7,13 @@ for that), deals them to all ranks alike, and decodes the pictures of its own ra
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import struct
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -23,17 +24,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mmit.config import ConfigError
 from mmit.data.cache import RecordCache
 from mmit.data.chat import Chat, Rendered, cut
 from mmit.data.fit import PictureFit
 from mmit.data.images import decode, reuse_memory
 from mmit.data.order import Occurrence, Order
-from mmit.data.packing import Costs, Example, Load, Row, deal, pack
-from mmit.data.remote import RemoteError
+from mmit.data.packing import Costs, Example, Load, Row, blank, deal, pack
+from mmit.data.remote import RemoteError, Stopped
 from mmit.data.sample import BoxPart, Picture, Sample, SampleError
 from mmit.data.shards import ShardSet
 
 T = TypeVar("T")
+Fault = SampleError | ConfigError | OSError
+"""What stops the reading of samples and is told in a line."""
 CACHE_HEADER = struct.Struct("<II")  # tokens, image spans
 
 
@@ -282,11 +286,20 @@ def _shown(example: Example) -> list[bytes]:
 
 
 def load(
-    steps: Steps, start: int, stop: int, *, workers: int, timeout: float = 120, pin: bool = False
+    steps: Steps,
+    start: int,
+    stop: int,
+    *,
+    workers: int,
+    timeout: float = 120,
+    pin: bool = False,
+    stoppable: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Generator[Step]:
     """Steps `start` to `stop` in order, made ahead by `workers` processes (0: in this one); `pin` them for a GPU.
 
-    SampleError names what the workers read when one of them dies, or when no step comes for `timeout` seconds.
+    SampleError names what the workers read when one dies, or when no step comes for `timeout` seconds. Steps are
+    waited for inside `stoppable`, since a tar may take minutes to come: where that raises `Stopped`, the last step that
+    is given is an empty one.
     """
     if workers:
         steps = replace(steps, reading=torch.full((workers, 3), -1).share_memory_())
@@ -303,29 +316,49 @@ def load(
         generator=torch.Generator(),
         worker_init_fn=_prepare_worker,
     )
-    made = iter(loader)
+    made, number = iter(loader), start
     try:
         with _deaths_told(steps):
-            while (step := _next(made, steps)) is not None:
-                if isinstance(step, SampleError):
+            while number < stop:  # and not to the end of `made`: other ranks would not have a step after the last
+                with stoppable():
+                    step = _next(made, steps)
+                if isinstance(step, Exception):
                     raise step
                 yield step
+                number += 1
+    except Stopped:
+        _kill_workers(steps)
+        yield Step(number, (blank(),), samples=0, tokens=0, pictures=0, holes=(), cut=0, unlabelled=0)
     finally:
         # A fault's traceback would keep the workers, which heed no signal, and the interpreter waits for them at exit.
         del made
 
 
-def _next(made: Iterator[Step | SampleError], steps: Steps) -> Step | SampleError | None:
+def _kill_workers(steps: Steps) -> None:
+    """What hangs or fetches heeds nothing less, and would be waited for; torch does not hear of these deaths."""
+    processes = steps.reading[:, 0].tolist() if steps.reading is not None else []
+    before = signal.getsignal(signal.SIGCHLD)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        return next(made, None)
+        for child in multiprocessing.active_children():
+            if child.pid in processes:
+                child.kill()
+                child.join()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _next(made: Iterator[Step | Fault], steps: Steps) -> Step | Fault:
+    try:
+        return next(made)
     except RuntimeError as error:
         if steps.reading is None or not str(error).startswith("DataLoader "):
             raise
         fault = _lost(steps, error)
-        for process in steps.reading[:, 0].tolist():
-            if process > 0:
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)  # what hangs heeds nothing less, and would be waited for
+        _kill_workers(steps)
         raise fault from None
 
 
@@ -361,16 +394,16 @@ def _lost(steps: Steps, error: RuntimeError) -> SampleError:
 
 
 @dataclass(frozen=True, eq=False)
-class _Told(Dataset[Step | SampleError]):
+class _Told(Dataset[Step | Fault]):
     """The steps, a fault given instead of raised: torch would put a worker's traceback into its message."""
 
     steps: Steps
 
-    def __getitem__(self, number: int) -> Step | SampleError:
+    def __getitem__(self, number: int) -> Step | Fault:
         self._reads_nothing()
         try:
             return self.steps[number]
-        except SampleError as error:
+        except (SampleError, ConfigError, OSError) as error:
             return error
         finally:
             self._reads_nothing()

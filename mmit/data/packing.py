@@ -136,7 +136,7 @@ def deal(
 def pack(examples: Sequence[Example], pixels: Sequence[Tensor], keys: Sequence[bytes], *, touch_vision: bool) -> Row:
     """The row of `examples`, in their order; `keys` name the pictures in `pixels` (each `(3, side, side)` uint8)."""
     if not examples:
-        return _blank(touch_vision)
+        return blank(touch_vision=touch_vision)
     place = {key: number for number, key in enumerate(keys)}
     lengths = [len(example.ids) for example in examples]
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -168,7 +168,7 @@ def pack(examples: Sequence[Example], pixels: Sequence[Tensor], keys: Sequence[b
     )
 
 
-def _blank(touch_vision: bool) -> Row:
+def blank(*, touch_vision: bool = False) -> Row:
     """A row with one token and nothing to learn, for a rank that has no sample left while others do."""
     nothing = torch.empty(0, dtype=torch.int64)
     one = torch.zeros(1, 1, dtype=torch.int64)

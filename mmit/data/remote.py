@@ -36,6 +36,14 @@ FIRST_PAUSE = 0.5
 """Seconds before the second attempt; doubled before each further one."""
 
 
+class Stopped(BaseException):
+    """A signal has asked for the end while something was waited for.
+
+    No Exception, as KeyboardInterrupt is none: it arrives in the middle of loaders and servers' libraries, which take
+    any for a fault of their files or of the network.
+    """
+
+
 class RemoteError(SampleError):
     """A shard that could not be fetched as it should be: a fault of the set, never a bad sample to be skipped."""
 

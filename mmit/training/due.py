@@ -118,7 +118,9 @@ def _held_out_loss(at: RunningStage) -> tuple[dict[str, Any], list[Hole]] | None
     sums = torch.zeros(len(at.data.titles), 2, dtype=torch.float64, device=accelerator.device)
     holes: list[Hole] = []
     on_cuda = accelerator.device.type == "cuda"
-    steps = load(held_out, 0, held_out.order.steps(0), workers=min(at.config.workers, 1), pin=on_cuda)
+    last = held_out.order.steps(0)
+    workers = min(at.config.workers, 1)
+    steps = load(held_out, 0, last, workers=workers, pin=on_cuda, stoppable=at.stop.waiting)
     for step in parallel.together(accelerator, steps):
         holes += step.holes
         for row in step.rows:

@@ -95,7 +95,14 @@ def _train_stage(
             do_what_is_due(at)
         clock = time.monotonic()
         on_cuda = accelerator.device.type == "cuda"
-        steps = load(at.data.training, at.progress.done, at.data.total, workers=config.workers, pin=on_cuda)
+        steps = load(
+            at.data.training,
+            at.progress.done,
+            at.data.total,
+            workers=config.workers,
+            pin=on_cuda,
+            stoppable=at.stop.waiting,
+        )
         for step in parallel.together(accelerator, steps):
             losses = _gradients(at, step, at.stopping)
             if losses is None:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from mmit.config import ConfigError
+from mmit.data.remote import Stopped
 from mmit.training import checkpoint
 from mmit.training.checkpoint import Checkpoint
 from mmit.training.identity import compare
@@ -29,12 +30,8 @@ PACKAGES = ("mmit", "torch", "transformers", "open_clip_torch", "peft", "acceler
 NOTHING_LOST = "stopped while loading; nothing is lost, the same command starts anew or goes on"
 
 
-class Interrupted(BaseException):
-    """The run stopped because it was asked to, and has saved where it stands.
-
-    No Exception, as KeyboardInterrupt is none: while the run loads, it arrives in the middle of loaders that take any
-    for a fault of their files.
-    """
+class Interrupted(Stopped):
+    """The run stopped because it was asked to, and has saved where it stands."""
 
 
 class StopFlag:
@@ -45,6 +42,7 @@ class StopFlag:
         self._since = 0.0
         self._raises = False
         self._loading = False
+        self._waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -57,10 +55,13 @@ class StopFlag:
         if self._raises:
             raise Interrupted(NOTHING_LOST)
         when = "when all ranks have loaded" if self._loading else "as soon as the rows in hand are computed"
+        when = "now" if self._waiting else when
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         told = f"{rank}{signal.Signals(number).name}: the run stops {when}; a second signal ends it here and now\n"
         with suppress(OSError):  # a log on a full disk
             os.write(2, told.encode())  # not print, in which the signal may have arrived
+        if self._waiting:
+            raise Stopped
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -88,6 +89,17 @@ class StopFlag:
             yield
         finally:
             self._raises = self._loading = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside the block, where the next step is waited for, a signal raises Stopped wherever it arrives."""
+        self._waiting = True
+        try:
+            if self.set:
+                raise Stopped
+            yield
+        finally:
+            self._waiting = False
 
 
 def under_torchrun() -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import pickle
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmit.config import ConfigError
 from mmit.data import loader
 from mmit.data.byte_tokenizer import byte_tokenizer
 from mmit.data.chat import Chat, resolve
@@ -23,6 +26,7 @@ from mmit.data.images import decode
 from mmit.data.loader import Encoder, Rendering, Step, Steps, load
 from mmit.data.order import Order, Origin
 from mmit.data.packing import Row
+from mmit.data.remote import Stopped
 from mmit.data.sample import BoxPart, ImagePart, Picture, Sample, SampleError, message
 from mmit.data.shards import ShardSet, write_shards
 from tests.data.pictures import PICTURES, mixed, picture, sample
@@ -432,3 +436,52 @@ def test_a_sample_that_cannot_be_rendered_is_named_by_its_shard(sets: list[Shard
     with pytest.raises(SampleError) as caught:
         Encoder(sets[0], captions, 0, None).example(0)
     assert str(caught.value).startswith("first/shard-000000.tar:k00000: the chat format plain")
+
+
+# Ended by a signal --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_step_that_is_not_waited_for_comes_empty_and_is_the_last(
+    sets: list[ShardSet], rendering: Rendering, straight: list[Step], workers: int
+) -> None:
+    turns = iter(range(4))
+
+    @contextmanager
+    def stoppable() -> Iterator[None]:
+        if next(turns) == 3:
+            raise Stopped
+        yield
+
+    *steps, last = load(steps_of(sets, rendering), 2, 8, workers=workers, stoppable=stoppable)
+    assert all_told(steps) == all_told(straight[2:5])
+    assert (last.number, last.samples, last.supervised, len(last.rows)) == (5, 0, 0, 1)
+    assert not multiprocessing.active_children()
+
+
+def test_after_the_last_step_nothing_is_waited_for(
+    sets: list[ShardSet], rendering: Rendering, straight: list[Step]
+) -> None:
+    turns = iter(range(3))
+
+    @contextmanager
+    def stoppable() -> Iterator[None]:
+        next(turns)
+        yield
+
+    assert all_told(list(load(steps_of(sets, rendering), 5, 8, workers=0, stoppable=stoppable))) == all_told(
+        straight[5:]
+    )
+
+
+@pytest.mark.parametrize("fault", [ConfigError("remote_cache_gb: too little"), OSError(28, "No space left", "a/file")])
+def test_a_fault_of_place_in_a_worker_comes_as_it_is_and_without_a_traceback_in_it(
+    sets: list[ShardSet], rendering: Rendering, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def failing(self: Encoder, index: int) -> None:
+        raise fault
+
+    monkeypatch.setattr(Encoder, "example", failing)
+    with pytest.raises(type(fault)) as told:
+        list(load(steps_of(sets, rendering), 0, 8, workers=1))
+    assert str(told.value) == str(fault)

@@ -16,7 +16,7 @@ import pytest
 
 from mmit.config import ConfigError
 from mmit.data import remote
-from mmit.data.remote import RemoteError, is_remote
+from mmit.data.remote import RemoteError, Stopped, is_remote
 from mmit.data.sample import SampleError
 from mmit.data.shards import ShardSet, write_shards
 from tests.data.pictures import mixed
@@ -211,6 +211,23 @@ def test_a_network_that_fails_once_is_asked_again(
     monkeypatch.setattr(remote, "_file_system", lambda url: 1 / 0)
     with pytest.raises(RemoteError, match=r"memory://there/set/index.json: cannot be fetched after 4 attempts"):
         ShardSet(address, cache=tmp_path)
+
+
+def test_whoever_is_stopped_while_a_file_is_fetched_does_not_ask_again(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def stopping(url: str) -> object:
+        calls.append(url)
+        raise Stopped
+
+    shards = ShardSet(address, cache=tmp_path)
+    monkeypatch.setattr(remote, "_file_system", stopping)
+    with pytest.raises(Stopped):
+        shards.read(0)
+    assert len(calls) == 1
+    assert tars(tmp_path) == {}
 
 
 @pytest.mark.parametrize("text", ["nonsense://x/set", "http://127.0.0.1:9/set"])

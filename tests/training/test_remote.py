@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import signal
 import tarfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ from mmit.data.shards import ShardSet
 from mmit.training.data import SURVEYED_TARS, too_long
 from tests.data.pictures import picture
 from tests.data.served import Ranged, served
+from tests.training.ranks import assert_same_losses, run_ranks, start_ranks
 from tests.training.tiny import (
     assembled,
     config,
@@ -116,3 +121,52 @@ def test_a_shard_that_went_away_stops_the_run_though_bad_samples_are_skipped(tmp
     wanted = config(tmp_path / "run", far, vision=None, workers=1)
     assert ended(start(wanted)) == 3
     assert "shard-000001.tar: is not there" in said(wanted)
+
+
+class Waiting(Ranged):
+    """Gives tars as long as it is not told to wait, and then for a minute none."""
+
+    waits = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.waits.is_set() and self.path.endswith(".tar"):
+            self.asked.append("waits")
+            time.sleep(60)
+        super().do_GET()
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 1)])
+def test_a_signal_while_a_tar_is_fetched_ends_the_run_at_once_with_every_step_saved(
+    tmp_path: Path, ranks: int, workers: int
+) -> None:
+    folder = shards(tmp_path / "many", mixed(200))
+    few = {"order": "window", "window": 1}
+    straight = run(config(tmp_path / "straight", stage("sft", folder, TRAIN, **few, steps=15)))
+    kind = type("Own", (Waiting,), {"waits": threading.Event()})
+    with served(tmp_path, kind) as (root, asked):
+        far = stage("sft", folder, TRAIN, **few, steps=15) | {"data": [{"shards": f"{root}/many"}]}
+        wanted = config(tmp_path / "run", far, workers=workers, cache=str(tmp_path / "other"))
+        processes = start_ranks(wanted, ranks) if ranks > 1 else [start(wanted)]
+        told = tmp_path / "run" / "metrics.jsonl"
+        while not told.exists() or not told.read_text():
+            time.sleep(0.01)
+        kind.waits.set()
+        while "waits" not in asked:
+            time.sleep(0.01)
+        time.sleep(0.5)  # the steps that need no further tar are computed meanwhile
+        began = time.monotonic()
+        for process in processes:
+            os.kill(process, signal.SIGTERM)
+        assert {ended(process) for process in processes} == {75}, said(wanted)
+        assert time.monotonic() - began < 20
+        computed = metrics(tmp_path / "run")
+        assert 0 < len(computed) < 15
+        assert checkpoints(tmp_path / "run") == [len(computed)]
+        kind.waits.clear()
+        (run_ranks if ranks > 1 else lambda wanted, _: run(wanted))(wanted, ranks)
+    assert_same_losses(straight, tmp_path / "run", relative=1e-4 if ranks > 1 else 0)
+
+
+def checkpoints(run: Path) -> list[int]:
+    """The steps that are saved."""
+    return sorted(int(path.name.rpartition("-")[2]) for path in (run / "checkpoints").iterdir())
