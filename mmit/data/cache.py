@@ -12,6 +12,8 @@ import struct
 import zlib
 from pathlib import Path
 
+from mmit.data.files import FULL
+
 HEADER = struct.Struct("<4sHxxII")  # magic, key bytes, value bytes, checksum of key and value
 MAGIC = b"mmr1"
 
@@ -45,7 +47,14 @@ class RecordCache:
             os.close(descriptor)
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Keeps `value` under `key`; the first value stays."""
+        """Keeps `value` under `key`; the first value stays. On a full disk nothing more is kept: that costs time."""
+        try:
+            self._put(key, value)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+
+    def _put(self, key: bytes, value: bytes) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from mmit.config import ConfigError
+from mmit.data.files import FULL
 from mmit.data.sample import SampleError
 from mmit.data.shard_index import INDEX, REMEDY, SAMPLES, ShardEntry, file_sha256, index_of, read_index
 
@@ -204,30 +206,42 @@ class RemoteTars:
             path = self._path(kept, part=True)
             if self._path(kept).exists() or (path.exists() and not _abandoned(path)):
                 return None
-            if not self._make_room(kept.bytes):
+            if not self._make_room(kept):
                 return None
             part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(part, fcntl.LOCK_EX)
             return part
 
-    def _make_room(self, size: int) -> bool:
-        """Whether `size` more bytes are within the limit, after removing files that nobody reads."""
-        taken, files = 0, []
+    def _make_room(self, kept: _Kept) -> bool:
+        """Whether the file is within the limit and on the disk, after removing files that nobody reads."""
+        size, free, taken, files = kept.bytes, shutil.disk_usage(self.folder).free, 0, []
         for path in self.folder.iterdir():
-            if path.suffix == ".part":
-                # What is being fetched counts with the size it will have, which its name tells.
-                taken += 0 if _abandoned(path) else int(path.stem.rpartition("-")[2])
-            elif path.suffix in (".tar", ".bytes"):
+            # What is being fetched counts with the size it will have, which its name tells.
+            whole = int(path.stem.rpartition("-")[2]) if path.suffix == ".part" else 0
+            try:
                 status = path.stat()
+            except FileNotFoundError:
+                taken += whole  # it has just become a tar
+                continue
+            if path.suffix == ".part":
+                gone = _abandoned(path)
+                taken += 0 if gone else whole
+                free += status.st_size - (0 if gone else whole)
+            elif path.suffix in (".tar", ".bytes"):
                 taken += status.st_size
                 longer = STRETCHES_STAY if path.suffix == ".bytes" else 0
                 files.append((status.st_mtime + longer, status.st_size, path))
         for _, bytes_, path in sorted(files):
-            if taken + size <= self.limit:
+            if taken + size <= self.limit and size <= free:
                 break
             if _abandoned(path):
-                taken -= bytes_
-        return taken + size <= self.limit
+                taken, free = taken - bytes_, free + bytes_
+        if taken == 0 and free < size:
+            raise ConfigError(
+                f"{kept.url}: {size:,} bytes of it are needed, and {self.folder} has room for {free:,}; make room, or "
+                f"name another `cache`"
+            )
+        return taken + size <= self.limit and size <= free
 
     def _path(self, kept: _Kept, *, part: bool = False) -> Path:
         return self.folder / (f"{kept.name}-{kept.bytes}.part" if part else f"{kept.name}.{kept.ending}")
@@ -323,6 +337,10 @@ def _again(url: str, action: Callable[[Any, str], T]) -> T:
         except _Wrong as error:
             if isinstance(problem, _Wrong):
                 break
+            problem = error
+        except OSError as error:
+            if error.errno in FULL:
+                raise ConfigError(f"{url}: the `cache` has no room ({error}); make some, or name another") from None
             problem = error
         except Exception as error:  # the client of every store has errors of its own
             problem = error

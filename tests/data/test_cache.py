@@ -190,3 +190,19 @@ def test_the_folder_is_the_one_configured_else_of_the_environment(monkeypatch: p
     monkeypatch.delenv("MMIT_CACHE")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_folder(None) == Path("/home/somebody/.cache/mmit")
+
+
+def test_on_a_full_disk_nothing_more_is_kept_and_nothing_fails(tmp_path: Path) -> None:
+    cache = RecordCache(tmp_path / "records")
+    cache.put(b"first", b"1" * 500)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
+    try:
+        for _ in range(2):
+            cache.put(b"second", b"2" * 500)
+            assert cache.get(b"second") is None
+            assert cache.get(b"first") == b"1" * 500
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    cache.put(b"second", b"2" * 500)
+    assert RecordCache(tmp_path / "records").get(b"second") == b"2" * 500

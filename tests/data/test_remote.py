@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -101,6 +103,42 @@ def test_a_tar_in_use_is_never_removed(address: str, local: ShardSet, tmp_path: 
         shards.read(i)
     shards.read(5)
     assert sum(tars(tmp_path).values()) <= sizes[0] + max(sizes[1:])
+
+
+def test_a_disk_smaller_than_the_bound_bounds_the_cache(
+    address: str, local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = max((local.folder / name).stat().st_size for name in local.shard_names)
+    room = 2 * largest
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=room - sum(tars(tmp_path).values()))
+
+    monkeypatch.setattr(remote.shutil, "disk_usage", usage)
+    shards = ShardSet(address, cache=tmp_path)
+    for i in range(23):
+        assert shards.read(i) == local.read(i)
+        assert sum(tars(tmp_path).values()) <= room
+    room = 700
+    with pytest.raises(ConfigError, match=r"shard-000000.tar: .* bytes of it are needed, and .*tars has room for 700;"):
+        shards.read(0)
+
+
+def test_a_disk_that_fills_up_while_a_tar_comes_is_told_as_what_it_is(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = ShardSet(address, cache=tmp_path)
+    calls: list[str] = []
+
+    def full(url: str) -> object:
+        calls.append(url)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote, "_file_system", full)
+    with pytest.raises(ConfigError, match=r"shard-000000.tar: the `cache` has no room .*No space left on device"):
+        shards.read(0)
+    assert len(calls) == 1
+    assert tars(tmp_path) == {}
 
 
 def test_a_tar_larger_than_the_bound_is_refused_by_name(address: str, tmp_path: Path) -> None:
