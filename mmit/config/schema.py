@@ -399,7 +399,7 @@ class Config(Section):
     """Folder for converted data, lengths and features; null: $MMIT_CACHE or ~/.cache/mmit."""
     remote_cache_gb: PositiveFloat = 100.0
     """Most that tars of remote sources (`shards: s3://bucket/set`) may take in the cache; what was read longest ago
-    goes first. With `order: window` each tar is fetched once an epoch, however small the cache."""
+    goes first. With `order: window` each tar is fetched once an epoch, if the tars of a window fit."""
 
     @model_validator(mode="after")
     def _stages_fit_the_model(self) -> Config:

@@ -82,6 +82,7 @@ class ShardSet:
         self.fingerprint = index.fingerprint
         self.shard_names = [entry.name for entry in index.entries]
         self.shard_sizes = [entry.samples for entry in index.entries]
+        self.shard_bytes = [entry.bytes for entry in index.entries]
         self.shard_sha256 = [
             # What is read from somebody else's tar depends on how it was indexed.
             entry.sha256

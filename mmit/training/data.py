@@ -154,6 +154,26 @@ def too_long(data: StageData) -> list[str]:
     return lines
 
 
+def fetched_again(data: StageData, config: Config, stage: Stage) -> list[str]:
+    """Before training: whether the cache is too small for the tars among which the order draws, so that they would be
+    fetched anew for nearly every sample."""
+    drawn: dict[str, int] = {}
+    for encoder, origin in zip(data.training.encoders, data.training.order.origins, strict=True):
+        shards = encoder.shards
+        if shards.is_remote:
+            used = np.unique(np.searchsorted(np.cumsum(shards.shard_sizes), origin.indices, side="right")).tolist()
+            largest = sorted(((shards.shard_bytes[shard], shards.shard_sha256[shard]) for shard in used), reverse=True)
+            drawn |= {name: size for size, name in largest[: stage.window if stage.order == "window" else None]}
+    needed = sum(drawn.values()) / 1e9
+    if needed <= config.remote_cache_gb:
+        return []
+    remedy = f"lower window (now {stage.window})" if stage.order == "window" else "write order: window"
+    return [
+        f"samples are drawn from {len(drawn)} remote tars of {needed:.3g} GB at a time, and remote_cache_gb keeps "
+        f"{config.remote_cache_gb:g}: tars will be fetched again and again; {remedy}, or raise remote_cache_gb"
+    ]
+
+
 def _looked_at(origin: Origin, shards: ShardSet) -> np.ndarray:
     """All that lie here are drawn from; of a set that has to be fetched, those of a few tars."""
     indices = origin.indices

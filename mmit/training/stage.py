@@ -20,7 +20,7 @@ from mmit.model.probes import chunk_for, probe_embeddings, probe_head, probe_iso
 from mmit.training import parallel, state
 from mmit.training.answers import Question
 from mmit.training.checkpoint import Checkpoint
-from mmit.training.data import StageData, check_shown, open_stage, too_long
+from mmit.training.data import StageData, check_shown, fetched_again, open_stage, too_long
 from mmit.training.optim import build_optimizer
 from mmit.training.run import RunDirectory, StopFlag
 from mmit.training.runlog import RunLog
@@ -125,6 +125,8 @@ def prepare(
     log.say(f"{parallel.told(config, accelerator)}, attention {assembly.vlm.language.config._attn_implementation}")
     log.say(table)
     for line in too_long(data) if progress.done == 0 else ():
+        log.say(line)
+    for line in fetched_again(data, config, stage):
         log.say(line)
     if progress.done:
         log.say(f"{stage.name}: going on after step {progress.done}")

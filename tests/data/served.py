@@ -39,14 +39,17 @@ class Ranged(Counting):
         self.wfile.write(part)
 
 
+class Quiet(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Whoever asked may have been killed meanwhile."""
+
+
 @contextmanager
 def served(folder: Path, kind: type[Counting] = Counting) -> Iterator[tuple[str, list[str]]]:
     """The address under which the files below `folder` are, and what has been asked for."""
     asked: list[str] = []
     handler = type("Handler", (kind,), {"asked": asked})
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args: handler(*args, directory=str(folder))
-    ) as server:
+    with Quiet(("127.0.0.1", 0), lambda *args: handler(*args, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

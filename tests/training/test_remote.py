@@ -17,7 +17,7 @@ import pytest
 
 from data_tools.index import index
 from mmit.data.shards import ShardSet
-from mmit.training.data import SURVEYED_TARS, too_long
+from mmit.training.data import SURVEYED_TARS, fetched_again, too_long
 from tests.data.pictures import picture
 from tests.data.served import Ranged, served
 from tests.training.ranks import assert_same_losses, run_ranks, start_ranks
@@ -111,6 +111,29 @@ def test_evaluations_fetch_what_they_hold_out_once_and_not_its_tars(
     once = Counter(f"/many/{local.shard_names[shard]} {size}" for shard, size in places)
     assert not Counter(alone) - once
     assert len(alone) > 40, "but for those in the tars that are here"
+
+
+@pytest.mark.parametrize(
+    ("order", "tars", "told"),
+    [
+        ({}, 8, "order: window, or raise"),
+        ({}, 9, None),
+        ({"order": "window", "window": 3}, 2, r"lower window \(now 3\)"),
+        ({"order": "window", "window": 3}, 3, None),
+    ],
+)
+def test_a_cache_too_small_for_the_order_is_told_before_training(
+    tmp_path: Path, order: dict[str, object], tars: int, told: str | None
+) -> None:
+    folder = shards(tmp_path / "set", [written(number) for number in range(60)])
+    sizes = [path.stat().st_size for path in folder.glob("*.tar")]
+    assert len(sizes) == 9
+    for place, expected in ((folder.as_uri(), told), (str(folder), None)):
+        here = stage("sft", folder, {"language": {"lr": 1e-3}}, **order) | {"data": [{"shards": place}]}
+        wanted = config(tmp_path / "run", here, vision=None, remote_cache_gb=sum(sorted(sizes)[-tars:]) / 1e9)
+        lines = fetched_again(opened(wanted, assembled(wanted)), wanted, wanted.stages[0])
+        assert len(lines) == (expected is not None)
+        assert expected is None or re.search(expected, lines[0])
 
 
 def test_a_shard_that_went_away_stops_the_run_though_bad_samples_are_skipped(tmp_path: Path) -> None:
