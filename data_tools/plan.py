@@ -83,7 +83,8 @@ def _code_digest(format: str) -> str | None:
 
 def _option_digest(value: Any) -> Any:
     """The value as JSON; a value that names a file counts with the content of that file."""
-    if isinstance(value, str | Path) and value and Path(value).is_file():
+    # Not Path.is_file, to which a long text is an error: no file can have such a name.
+    if isinstance(value, str | Path) and value and os.path.isfile(value):
         return {"file": Path(value).name, "sha256": content_digest(Path(value))}
     return json.loads(json.dumps(value, default=str))
 

@@ -453,6 +453,19 @@ def test_a_run_says_once_what_is_left_out_of_the_shards_it_is_given(photos: Path
     ]
 
 
+def test_an_option_may_be_a_long_text(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        member.size = len(picture_bytes())
+        tar.addfile(member, io.BytesIO(picture_bytes()))
+        member = tarfile.TarInfo("a.txt")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    prompt = "What is it? " * 400
+    samples = convert("webdataset", tmp_path / "0.tar", None, tmp_path / "set", options={"prompt": prompt})
+    assert samples.read(0).messages[0].text.strip() == prompt.strip()
+
+
 def test_a_damaged_account_of_a_conversion_is_named(photos: Path, tmp_path: Path) -> None:
     convert("llava", rows_with(photos, 2), photos, tmp_path / "set")
     (tmp_path / "set" / "conversion.json").write_text("{")
