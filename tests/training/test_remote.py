@@ -58,8 +58,8 @@ def test_a_run_over_the_network_gives_the_losses_of_the_run_beside_the_data(
     assert 0 < sum(path.stat().st_size for path in kept) <= 2 * largest
 
 
-def test_tars_of_others_train_in_place_beside_us_and_over_the_network(host: str, data: Path, tmp_path: Path) -> None:
-    folder = data.parent / "tars"
+def foreign(folder: Path) -> Path:
+    """Three tars of somebody else, indexed."""
     folder.mkdir()
     for number in range(3):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
@@ -69,10 +69,25 @@ def test_tars_of_others_train_in_place_beside_us_and_over_the_network(host: str,
                     member.size = len(content or b"")
                     tar.addfile(member, io.BytesIO(content or b""))
     index(folder)
+    return folder
+
+
+def test_tars_of_others_train_in_place_beside_us_and_over_the_network(host: str, data: Path, tmp_path: Path) -> None:
+    folder = foreign(data.parent / "tars")
     beside = run(config(tmp_path / "beside", stage("sft", folder, TRAIN)))
     assert len(metrics(beside)) == 3
     far = stage("sft", folder, TRAIN) | {"data": [{"shards": f"{host}/tars"}]}
     assert metrics(run(config(tmp_path / "far", far, cache=str(tmp_path / "other")))) == metrics(beside)
+
+
+def test_a_few_samples_of_tars_of_others_come_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmit.data.shards.REQUEST", 0)
+    local = ShardSet(foreign(tmp_path / "tars"))
+    with served(tmp_path, Ranged) as (root, asked):
+        few = ShardSet(f"{root}/tars", cache=tmp_path / "cache").for_few([2, 8])
+        assert [few.read(i) for i in (2, 8, 2)] == [local.read(i) for i in (2, 8, 2)]
+    sizes = [len(local.read(i).images[0].data or b"") for i in (2, 8)]
+    assert [line for line in asked if ".tar" in line] == [f"/tars/0.tar {sizes[0]}", f"/tars/1.tar {sizes[1]}"]
 
 
 def test_the_first_look_at_a_set_fetches_few_of_its_tars(data: Path, host: str, tmp_path: Path) -> None:
