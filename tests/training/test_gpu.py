@@ -14,7 +14,9 @@ import torch
 
 from mmit.config import ConfigError, load_config
 from mmit.training import loop, parallel
+from mmit.training import stage as running
 from mmit.training.stage import RunningStage, dtypes
+from tests.training.ranks import assert_same_losses, run_ranks
 from tests.training.tiny import altered, config, ended, mixed, run, said, shards, stage, start
 
 BOTH = {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
@@ -72,6 +74,25 @@ def test_a_stage_that_has_ended_leaves_the_memory(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(loop, "prepare", watched)
     data = shards(tmp_path / "data", mixed(10))
     run(config(tmp_path / "run", stage("a", data, BOTH, steps=1), stage("b", data, BOTH, steps=1)))
+
+
+ADAPTED = {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3, "lora": {"rank": 4, "alpha": 8}}}
+
+
+@pytest.mark.parametrize("trained", [ADAPTED, {"projector": {"lr": 1e-3}}, BOTH], ids=["lora", "align", "whole"])
+def test_the_precisions_of_a_gpu_are_sharded_as_they_are_replicated(
+    trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained parameters in fp32 beside frozen ones in bf16, gathered in bf16 and their gradients summed in fp32."""
+    gathered = parallel.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    monkeypatch.setattr(parallel, "MixedPrecisionPolicy", lambda: gathered)
+    monkeypatch.setattr(running, "dtypes", lambda *_: (torch.float32, torch.bfloat16))
+    data = shards(tmp_path / "data", mixed(20))
+    only = stage("s", data, trained, steps=2, gradient_checkpointing=True)
+    wanted = config(tmp_path / "ddp", only, precision="bf16", eval={"holdout": {"fraction": 0.2, "by": "sample"}})
+    one = run_ranks(wanted, 1)
+    two = run_ranks(altered(wanted, tmp_path / "fsdp", parallel="fsdp"), 2)
+    assert_same_losses(one, two, relative=0.02)
 
 
 # Ranks -----------------------------------------------------------------------------------
