@@ -32,7 +32,7 @@ from mmit.data.loader import Rendering
 from mmit.data.packing import Example, pack
 from mmit.data.sample import SampleError
 from mmit.inference.conversation import Asked, Conversation, ImageLike, conversation
-from mmit.model.attention import FLASH, use_flash_attention
+from mmit.model.attention import FLASH, use_flash_attention, without_cudnn
 from mmit.model.files import file_sha256
 from mmit.model.saved import Saved, load_saved
 
@@ -188,6 +188,7 @@ class Model:
         self._check_length(asked, self.prompt(asked), sampling)
 
     @torch.no_grad()
+    @without_cudnn()
     def generate(self, asked: Sequence[Conversation], sampling: Sampling, *, first: int = 0) -> list[list[int]]:
         """The new ids of each conversation up to and with its end, all computed as one batch.
 

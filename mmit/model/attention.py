@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -36,3 +39,19 @@ def use_flash_attention(language: PreTrainedModel, wanted: str, device: torch.de
             reason = " ".join(str(error).split())[:300]
     if wanted == FLASH and language.config._attn_implementation != FLASH:
         raise ConfigError(f"model.attention: {FLASH} needs a GPU, bf16 and a model that has it ({reason}); write auto")
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Within it, sdpa leaves cuDNN's kernels aside, which torch puts before the memory-efficient ones for a row that
+    comes with a mask, as packed ones do.
+
+    Their gradients are not finite for some lengths on Hopper (github.com/pytorch/pytorch/issues/196678), and they are
+    compiled anew for each length of row. Needless once torch's wheels carry a cuDNN without the two.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

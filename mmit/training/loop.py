@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmit.config import Config, ConfigError
 from mmit.data.loader import Step, load
+from mmit.model.attention import without_cudnn
 from mmit.model.layers import compiling
 from mmit.training import faults, parallel, state
 from mmit.training.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ def train(config: Config, *, asked: str, check_memory: bool = False) -> Path:
     computed_on = parallel.told(config, accelerator)
     with ExitStack() as held:
         held.enter_context(stop.listening())
+        held.enter_context(without_cudnn())
         parallel.on_main(accelerator, lambda: (held.enter_context(run.locked()), run.begin(asked, computed_on)))
         try:
             first, resumed = parallel.from_main(accelerator, lambda: state.where_to_go_on(config, run))

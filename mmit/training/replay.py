@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmit.config import Config, ConfigError
 from mmit.data.cache import cache_folder
 from mmit.data.packing import Row
-from mmit.model.attention import use_flash_attention
+from mmit.model.attention import use_flash_attention, without_cudnn
 from mmit.model.build import set_modes, set_trained
 from mmit.training import checkpoint, parallel, state
 from mmit.training.data import open_stage
@@ -50,7 +50,7 @@ def replay(config: Config, folder: Path) -> Iterator[str]:
         for micro_step, row in enumerate(data.training[fault["step"]].rows):
             row = row.to(accelerator.device)
             torch.manual_seed(dropout_seed(config.seed, fault["step"], rank, micro_step))
-            with accelerator.autocast(), _watched(model) as first:
+            with accelerator.autocast(), without_cudnn(), _watched(model) as first:
                 losses = model(row)
             for line in _faults_of(row, losses, first):
                 clean = False

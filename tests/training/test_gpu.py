@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from mmit.api import train
 from mmit.config import ConfigError, load_config
+from mmit.inference.generate import load
 from mmit.training import loop, parallel
 from mmit.training import stage as running
 from mmit.training.stage import RunningStage, dtypes
@@ -138,6 +140,29 @@ def test_ranks_that_do_not_know_their_place_on_the_machine_are_no_runs_of_their_
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ConfigError, match="LOCAL_RANK, the number of the process on its machine, is not"):
         parallel._meet(on_cuda=True)
+
+
+# Attention -------------------------------------------------------------------------------
+
+
+def test_no_row_is_computed_by_attention_of_cudnn(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    train(config(tmp_path / "run", stage("s", shards(tmp_path / "data", mixed(5)), BOTH, steps=1)))
+    trained = len(asked)
+    assert trained
+    load(tiny_run, device="cpu", cache=tmp_path).answer("what?", max_new_tokens=2)
+    assert len(asked) > trained
+    assert not any(asked)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # Memory ----------------------------------------------------------------------------------
