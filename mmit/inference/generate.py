@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -77,13 +78,36 @@ def load(
         # Without emulation, by which torch answers for older GPUs too: fp32 is quicker there.
         able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if able else "fp32"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    place = _place(device)
+    cache = cache if cache is not None else cache_folder(None)
+    saved = load_saved(Path(run), cache=cache)
+    with _memory_told():
+        return Model(saved, run=Path(run), cache=cache, device=place, dtype=DTYPES[precision])
+
+
+def _place(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device: {device} is none; write auto, cpu, cuda, or cuda:1 for the second GPU") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device: {device}, but torch sees no GPU (its driver, or a build for CPUs); write auto or cpu"
         )
-    cache = cache if cache is not None else cache_folder(None)
-    saved = load_saved(Path(run), cache=cache)
-    return Model(saved, run=Path(run), cache=cache, device=torch.device(device), dtype=DTYPES[precision])
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {device}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    return place
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the memory of the GPU is full ({str(error).partition('.')[0]}); ask fewer questions at a time (batch "
+            f"size), for fewer new tokens, or on the CPU (device: cpu, or an empty CUDA_VISIBLE_DEVICES)"
+        ) from error
 
 
 class Model:
@@ -189,6 +213,7 @@ class Model:
 
     @torch.no_grad()
     @without_cudnn()
+    @_memory_told()
     def generate(self, asked: Sequence[Conversation], sampling: Sampling, *, first: int = 0) -> list[list[int]]:
         """The new ids of each conversation up to and with its end, all computed as one batch.
 

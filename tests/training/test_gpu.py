@@ -201,3 +201,29 @@ def test_a_run_says_and_keeps_what_it_is_computed_on(tmp_path: Path) -> None:
     run(wanted)
     assert "CPU, fp32, attention sdpa" in said(wanted)
     assert json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["computed_on"] == "CPU, fp32"
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("gpu", "device: gpu is none; write auto"), ("cuda:2", "cuda:2, but torch sees 2 GPUs, counted from 0")],
+)
+def test_an_answer_on_a_device_that_is_not_there_is_refused(
+    device: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, has_bf16=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=told):
+        load(tmp_path, device=device)
+
+
+def test_an_answer_that_memory_cannot_hold_says_what_would(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_run, device="cpu", cache=tmp_path)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(model.vlm.language, "generate", full)
+    with pytest.raises(ConfigError, match=r"full \(CUDA out of memory\); ask fewer questions at a time"):
+        model.answer("what?")
