@@ -95,7 +95,7 @@ def prepare(
         parallel.on_main(accelerator, lambda: check_shown(stage, data.training))
     if resumed is None and number == 0:
         parallel.on_main(accelerator, lambda: check_it_survives(assembly.tokenizer))
-        parallel.on_all(accelerator, lambda: initialise_projector(config, assembly, data.training))
+        parallel.on_all(accelerator, lambda: initialise_projector(config, assembly, data.training, device))
     set_trained(assembly, stage.train, trained_dtype=trained, frozen_dtype=frozen)
     set_modes(assembly, stage.train, gradient_checkpointing=stage.gradient_checkpointing)
     table = table_of_parts(config, stage, assembly, data)  # whose probes need the parameters whole, as the next does

@@ -18,7 +18,7 @@ PICTURES_FOR_STATISTICS = 256
 
 
 @torch.no_grad()
-def initialise_projector(config: Config, assembly: Assembly, steps: Steps) -> None:
+def initialise_projector(config: Config, assembly: Assembly, steps: Steps, device: torch.device) -> None:
     """`projector.init: feature_statistics` from the first pictures of the stage, the same on every rank."""
     spec, vision = config.model.projector, assembly.vlm.vision
     if spec is None or spec.init == "default" or vision is None:
@@ -35,7 +35,10 @@ def initialise_projector(config: Config, assembly: Assembly, steps: Steps) -> No
         )
     keys = list(pixels)[:PICTURES_FOR_STATISTICS]
     batches = [keys[place : place + 32] for place in range(0, len(keys), 32)]
-    features = torch.cat([vision(torch.stack([pixels[key] for key in batch]), batch) for batch in batches])
+    vision.to(device)  # under torchrun a CPU has one thread, and would take minutes
+    stacked = (torch.stack([pixels[key] for key in batch]).to(device) for batch in batches)
+    features = torch.cat([vision(some, batch).cpu() for some, batch in zip(stacked, batches, strict=True)])
+    vision.cpu()
     generator = torch.Generator().manual_seed(config.seed)
     feature_statistics_(
         cast(Projector, assembly.vlm.projector), features, embedding_rms(assembly.vlm.language), generator=generator

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmit.config import parse_config
 from mmit.inference.conversation import conversation
 from mmit.inference.generate import Model, Sampling, load
 from mmit.model.build import set_modes, set_trained
+from mmit.training import start
 from mmit.training.answers import answers, held_out_questions
 from mmit.training.checks import finite_norm
 from mmit.training.loop import _forward_backward
@@ -93,6 +95,21 @@ def test_a_step_lies_on_one_device_and_waits_for_it_thrice_and_once_a_row(
         optimizer.step()
         record_of(settings, step, sums, data)
     assert watched.waits == {"value": rows + 2, "copy": 1}
+
+
+def test_the_features_a_projector_starts_from_are_computed_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = config(tmp_path / "run", stage("s", shards(tmp_path / "data", mixed(20)), PARTS)).model_dump(mode="json")
+    tree["model"]["projector"]["init"] = "feature_statistics"
+    wanted = parse_config(tree, "test")
+    assembly = assembled(wanted, dtype=torch.float32)
+    found: list[Tensor] = []
+    monkeypatch.setattr(start, "feature_statistics_", lambda _projector, features, *_, **__: found.append(features))
+    with Watched() as watched:
+        start.initialise_projector(wanted, assembly, opened(wanted, assembly).training, GPU)
+    assert watched.waits["copy"] > 1  # the features, and the tower as it goes back
+    assert {value.device for value in [*found, *assembly.vlm.state_dict().values()]} == {CPU}
 
 
 def test_held_out_questions_are_answered_on_one_device_with_two_waits_a_token(tmp_path: Path) -> None:
