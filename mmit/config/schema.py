@@ -153,6 +153,8 @@ class Model(Section):
     """New control tokens, such as those of a chat format that the tokenizer lacks. Their rows start as the mean of all
     rows and train with the language model, beside a LoRA too."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    """auto: flash attention on a GPU that computes in bf16, where flash-attn is installed; else sdpa where the model
+    has it, else eager."""
 
     @model_validator(mode="before")
     @classmethod
