@@ -46,10 +46,10 @@ def start(config: Config) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but torch sees no GPU (its driver, or a build for CPUs); write auto or cpu")
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    _meet(on_cuda)  # first, as whatever asks a GPU asks number 0 until then
     # By itself, torch's answer is true for older GPUs too, which emulate it, slowly.
     able = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and able)
-    _meet(on_cuda)
     # accelerate keeps the precision of the process's first run for good, and refuses another.
     AcceleratorState._reset_state(reset_partial_state=True)
     group = InitProcessGroupKwargs(timeout=TIMEOUT)
