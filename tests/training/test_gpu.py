@@ -15,11 +15,13 @@ import torch
 from mmit.api import train
 from mmit.config import ConfigError, load_config
 from mmit.inference.generate import load
+from mmit.model.build import set_trained
 from mmit.training import loop, parallel
 from mmit.training import stage as running
 from mmit.training.stage import RunningStage, dtypes
+from tests.model.test_build import with_folders
 from tests.training.ranks import assert_same_losses, run_ranks
-from tests.training.tiny import altered, config, ended, mixed, run, said, shards, stage, start
+from tests.training.tiny import altered, assembled, config, ended, mixed, run, said, shards, stage, start
 
 BOTH = {"projector": {"lr": 1e-3}, "language": {"lr": 1e-3}}
 
@@ -91,7 +93,13 @@ def test_the_precisions_of_a_gpu_are_sharded_as_they_are_replicated(
     monkeypatch.setattr(running, "dtypes", lambda *_: (torch.float32, torch.bfloat16))
     data = shards(tmp_path / "data", mixed(20))
     only = stage("s", data, trained, steps=2, gradient_checkpointing=True)
-    wanted = config(tmp_path / "ddp", only, precision="bf16", eval={"holdout": {"fraction": 0.2, "by": "sample"}})
+    # From files: what the seed has drawn is kept whole in every checkpoint, and so stays fp32 where it is frozen.
+    settings: dict[str, Any] = {"precision": "bf16", "eval": {"holdout": {"fraction": 0.2, "by": "sample"}}}
+    wanted = with_folders(tmp_path / "ddp", only, **settings)
+    frozen = assembled(wanted, dtype=torch.float32)
+    set_trained(frozen, wanted.stages[0].train, trained_dtype=torch.float32, frozen_dtype=torch.bfloat16)
+    found = {parameter.dtype for parameter in frozen.vlm.parameters()}
+    assert found == {torch.float32, torch.bfloat16}
     one = run_ranks(wanted, 1)
     two = run_ranks(altered(wanted, tmp_path / "fsdp", parallel="fsdp"), 2)
     assert_same_losses(one, two, relative=0.02)
