@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Literal, Self, TypeVar
 
 import numpy as np
@@ -420,3 +421,10 @@ def _prepare_worker(_worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         # A terminal and a scheduler signal the whole group; the process that trains saves first, then lets workers go.
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _unless_left
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Tells what nobody caught, but that a signal took the process that trains away while it was handed a step."""
+    if not issubclass(kind, EOFError | ConnectionError | multiprocessing.AuthenticationError):
+        sys.__excepthook__(kind, error, trace)

@@ -6,6 +6,8 @@ import hashlib
 import multiprocessing
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -485,3 +487,22 @@ def test_a_fault_of_place_in_a_worker_comes_as_it_is_and_without_a_traceback_in_
     with pytest.raises(type(fault)) as told:
         list(load(steps_of(sets, rendering), 0, 8, workers=1))
     assert str(told.value) == str(fault)
+
+
+def test_a_worker_that_is_left_while_it_hands_a_step_over_says_nothing() -> None:
+    """As a signal leaves it; the thread that hands memory over printed a traceback into the log of the run."""
+    left = """
+import socket
+from multiprocessing import resource_sharer
+from mmit.data.loader import _prepare_worker
+
+_prepare_worker(0)
+address, _ = resource_sharer.DupFd(1)._id
+for _ in range(5):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    connection.close()
+resource_sharer.stop(timeout=60)
+"""
+    ended = subprocess.run([sys.executable, "-c", left], capture_output=True, text=True, check=True, timeout=120)
+    assert ended.stderr == ""
