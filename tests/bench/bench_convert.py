@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,13 +43,17 @@ def cpu() -> float:
     return sum(os.times()[:4])
 
 
-def best(times: int, work: Callable[[int], object]) -> tuple[float, float]:
-    """The least wall and the least CPU seconds; what was written before is on the disk by then."""
+def best(times: int, work: Callable[[], object], written: Path | None = None) -> tuple[float, float]:
+    """The least wall and the least CPU seconds. What was written before is on the disk by then, and what `work` itself
+    has `written` is removed: else memory fills with it, and each run is slower than the one before."""
     walls, cpus = [], []
-    for number in range(times):
+    for _ in range(times):
+        if written is not None:
+            shutil.rmtree(written, ignore_errors=True)
+            written.unlink(missing_ok=True)
         os.sync()
         begun, used = time.perf_counter(), cpu()
-        work(number)
+        work()
         walls.append(time.perf_counter() - begun)
         cpus.append(cpu() - used)
     return min(walls), min(cpus)
@@ -62,41 +67,37 @@ def main() -> None:
         make(root, count, quality)
         size = sum(file.stat().st_size for file in (root / "images").iterdir()) / count
 
-        def pack(_: int) -> None:
-            (root / "x.tar").unlink(missing_ok=True)
+        def pack() -> None:
             subprocess.run(["tar", "cf", str(root / "x.tar"), "-C", folder, "images"], check=True)
 
-        def pack_to_disk(_: int) -> None:
-            pack(_)
+        def pack_to_disk() -> None:
+            pack()
             subprocess.run(["sync", str(root / "x.tar")], check=True)
 
-        (tar, tar_cpu), (durable, _) = best(3, pack), best(3, pack_to_disk)
+        (tar, tar_cpu), (durable, _) = best(5, pack, root / "x.tar"), best(3, pack_to_disk, root / "x.tar")
+        (root / "x.tar").unlink()
 
-        def run(name: str, decoding: bool, workers: int, *, prints: bool = False) -> tuple[float, float]:
-            settings = Settings(rows_per_shard=250, decode=decoding, prints=prints)
+        def run(workers: int, *, decoding: bool, prints: bool = False) -> tuple[float, float]:
+            settings, out = Settings(rows_per_shard=250, decode=decoding, prints=prints), root / "out"
             return best(
-                3,
-                lambda n: convert(
-                    "llava",
-                    root / "rows.json",
-                    root / "images",
-                    root / f"{name}{n}",
-                    settings=settings,
-                    processes=workers,
+                3 if decoding else 5,
+                lambda: convert(
+                    "llava", root / "rows.json", root / "images", out, settings=settings, processes=workers
                 ),
+                out,
             )
 
         some = [(root / "images" / f"{number}.jpg").read_bytes() for number in range(min(count, 200))]
-        bare, bare_cpu = (value / len(some) * count for value in best(2, lambda _: [decode(data, "") for data in some]))
+        bare, bare_cpu = (value / len(some) * count for value in best(2, lambda: [decode(data, "") for data in some]))
         print(
             f"{count} pictures of {size / 1000:.0f} KB; tar cf {tar:.2f} s, until it is on the disk {durable:.2f} s, "
             f"bare decode on one core {bare:.2f} s"
         )
         for workers in sorted({1, processes}):
             (plain, plain_cpu), (decoded, decoded_cpu), (printed, printed_cpu) = (
-                run(f"p{workers}-", False, workers),
-                run(f"d{workers}-", True, workers),
-                run(f"h{workers}-", True, workers, prints=True),
+                run(workers, decoding=False),
+                run(workers, decoding=True),
+                run(workers, decoding=True, prints=True),
             )
             print(
                 f"{workers} processes: without decoding {plain:.2f} s ({tar / plain:.2f} of tar's speed, "
