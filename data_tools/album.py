@@ -30,6 +30,9 @@ from mmit.config import ConfigError
 from mmit.data.images import MAX_BYTES, decode, header
 from mmit.data.sample import Picture, Sample, SampleError
 
+LONGEST = 4096
+"""Characters of a path, of which Linux allows no more."""
+
 
 class MissingPicture(SampleError):
     """A picture file that a row names and that is not there."""
@@ -82,6 +85,11 @@ class Album:
                 f"first (img2dataset does it well) and name the files"
             )
         text_of(name, where)
+        if len(name) > LONGEST:
+            raise SampleError(
+                f"{where}: the picture is named by a text of {len(name):,} characters ({name[:40]!r}...), which is no "
+                f"path; bytes as base64 are written data:image/jpeg;base64,..."
+            )
         if self.root is None:
             raise SampleError(f"{where}: the row names the picture {name!r}; say with --images which folder holds it")
         inside = name.removeprefix(self.prefix)
@@ -130,18 +138,18 @@ def remedy_for(missing: str, root: Path, prefix: str | None) -> str:
     """What to write so that a missing picture is found, if that is to be seen; `prefix` is what is taken off names
     already, None where the format has no such option."""
     folders = [place for place, letter in enumerate(missing, start=1) if letter == "/"]
-    cut = next((place for place in folders if (root / missing[place:]).is_file()), 0)
+    cut = next((place for place in folders if os.path.isfile(root / missing[place:])), 0)
     if cut and prefix is not None:
         found = prefix + missing[:cut]
         told = f"--set image_prefix={found} (in a config: options: {{image_prefix: {found}}})"
         return f"Write {told}: {missing} is then found"
-    if (root / (turned := missing.replace("\\", "/"))).is_file():
+    if os.path.isfile(root / (turned := missing.replace("\\", "/"))):
         return f"Write / for \\ in the names: {turned} is there"
     folder, name = os.path.split(missing)
-    beside = islice(os.listdir(root / folder), 100_000) if (root / folder).is_dir() else ()
+    beside = islice(os.listdir(root / folder), 100_000) if os.path.isdir(root / folder) else ()
     if alike := next((other for other in beside if other.lower() == name.lower()), None):
         return f"Write the names as the files have them: {alike} is there, {name} is not"
-    below = (item for item in sorted(root.iterdir())[:1000] if item.is_dir() and (item / missing).is_file())
+    below = (item for item in sorted(root.iterdir())[:1000] if item.is_dir() and os.path.isfile(item / missing))
     deeper = next(below, None)
     return f"Write --images {deeper} (in a config: images: {deeper}): {missing} is there" if deeper is not None else ""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +27,8 @@ from data_tools.plan import VERSION, Settings, digest_of, folder_digest, only_wr
 from data_tools.rows import Rejected
 from data_tools.workers import Team, server
 from mmit.config import ConfigError, Source
-from mmit.data.provenance import CONVERSION, REJECTED, beside
+from mmit.data.files import whole
+from mmit.data.provenance import CONVERSION, PROVENANCE, REJECTED, beside
 from mmit.data.sample import Sample, SampleError
 from mmit.data.shard_index import INDEX, UNFINISHED, IndexWriter
 from mmit.data.shard_writer import TAR, TEMPORARY
@@ -272,9 +272,11 @@ def _finish(out: Path, plan: dict[str, Any], path: Path, rows: int) -> None:
     """Writes the list of rejected rows, the summary and, last, the index."""
     summary: dict[str, Any] = {"plan": plan, **dict.fromkeys(COUNTS, 0), "first": []}
     by_shard: dict[int, int] = {}
-    temporary = out / f"{REJECTED}.{os.getpid()}.tmp"
     with IndexWriter(out) as index:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        with (
+            whole(out / REJECTED) as temporary,
+            temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream,
+        ):
             for outcome in _all_recorded(out):
                 summary["rows"] += outcome.rows
                 summary["rejected"] += len(outcome.rejected)
@@ -288,7 +290,6 @@ def _finish(out: Path, plan: dict[str, Any], path: Path, rows: int) -> None:
                 if outcome.shard is not None:
                     summary["samples"] += outcome.shard.entry.samples
                     index.add(outcome.shard)
-        os.replace(temporary, out / REJECTED)
         if summary["rows"] != rows:
             raise SampleError(
                 f"{out}: of {rows} rows only {summary['rows']} are in finished shards: somebody removed or cut a file "
@@ -326,10 +327,14 @@ def conversion(folder: Path) -> dict[str, Any] | None:
 
 
 def losses(folder: Path) -> Iterator[str]:
-    """What the conversion that made a shard set has left out of it, a line each."""
-    summary = conversion(folder) or {}
+    """What the conversion that made a shard set, or the set it was made from, has left out of it, a line each."""
+    summary, listed = conversion(folder), f", listed in {folder / REJECTED}"
+    if summary is None:
+        summary, listed = beside(folder, PROVENANCE) or {}, ""
+        while isinstance(before := summary.get("made_from"), dict):
+            summary = before
     if rejected := summary.get("rejected"):
-        yield f"{rejected} of {summary['rows']} rows are rejected and left out, listed in {folder / REJECTED}"
+        yield f"{rejected} of {summary['rows']} rows are rejected and left out{listed}"
     if without := summary.get("without_pictures"):
         yield f"{without} samples lost a missing picture and kept their text"
 

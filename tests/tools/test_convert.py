@@ -25,6 +25,7 @@ from data_tools.cli import main
 from data_tools.convert import RejectedRows, Settings, conversion, convert, converted
 from data_tools.formats import FORMATS, samples_function
 from data_tools.index import index
+from data_tools.quality.filter import Rules, filter_set
 from data_tools.rows import Rejected
 from mmit.api import with_shards
 from mmit.config import ConfigError, Source, parse_config
@@ -318,6 +319,18 @@ def test_a_picture_named_by_its_whole_path_is_answered_with_the_prefix_that_find
     assert len(convert("llava", tmp_path / "rows.json", photos, tmp_path / "good", **good)) == 1
 
 
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_picture_named_by_its_bytes_rejects_the_row_and_no_more(photos: Path, tmp_path: Path, length: int) -> None:
+    """As base64 without `data:`; a name too long for the system ended the command without a row."""
+    path = rows_with(photos, 3)
+    rows = json.loads(path.read_text())
+    rows[1]["image"] = "A" * length
+    path.write_text(json.dumps(rows))
+    said = "is named by a text of 5,000 characters" if length > 4096 else "1 file named by 1 row is missing"
+    with pytest.raises(RejectedRows if length > 4096 else ConfigError, match=said):
+        convert("llava", path, photos, tmp_path / "out")
+
+
 def test_shards_are_not_written_into_the_folder_that_is_read(photos: Path, tmp_path: Path) -> None:
     """The folder would change: an interrupted conversion began anew, and the shards were data the second time."""
     (photos / "0.txt").write_text("a caption")
@@ -398,6 +411,14 @@ def test_a_source_with_bad_rows_stops_every_time_unless_the_config_drops_them(ph
             converted(source, tmp_path / "cache")
     dropping = source.model_copy(update={"options": {"on_bad": "drop"}})
     assert len(ShardSet(converted(dropping, tmp_path / "cache"))) == 4
+
+
+def test_what_a_conversion_left_out_is_told_of_sets_made_from_its_own_too(photos: Path, tmp_path: Path) -> None:
+    convert("llava", rows_with(photos, 5, bad=(1,)), photos, tmp_path / "set", settings=Settings(on_bad="drop"))
+    filter_set(tmp_path / "set", tmp_path / "fewer", Rules(most_turns=9))
+    filter_set(tmp_path / "fewer", tmp_path / "fewest", Rules(most_turns=8))
+    for made in ("fewer", "fewest"):
+        assert list(module.losses(tmp_path / made)) == ["1 of 5 rows are rejected and left out"]
 
 
 @pytest.mark.parametrize(
